@@ -1,0 +1,265 @@
+"""The command line: latent-egc encode | train | sample | classify | info | export."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latent_egc.config import ConfigError
+from latent_egc.run_folder import CheckpointError, pipeline_folder
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="latent-egc", description="Train, sample and classify with one energy network in an autoencoder's latents."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, help_text: str, example: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    encode = verb(
+        "encode",
+        "Encode a dataset once, in several views, into the latent cache that a config names.",
+        "latent-egc encode configs/imagenette64.yaml",
+    )
+    _add_config_arguments(encode)
+    encode.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
+    encode.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
+
+    train = verb(
+        "train",
+        "Train an energy network in this process; `accelerate launch train.py` starts several.",
+        "latent-egc train configs/digits.yaml training.max_steps=500 output_dir=runs/a",
+    )
+    _add_train_arguments(train)
+
+    sample = verb(
+        "sample",
+        "Sample images: a labelled grid, and every image as a file of its own.",
+        "latent-egc sample runs/quickstart --classes 3 8 --images-per-class 4 --output samples",
+    )
+    sample.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
+    sample.add_argument("--output", type=Path, default=Path("samples"), help="folder for the files (default samples)")
+    sample.add_argument("--classes", nargs="+", default=None, help="names or ids; default: all, at most 10")
+    sample.add_argument("--unlabelled", action="store_true", help="sample without labels, unguided")
+    sample.add_argument("--images-per-class", type=int, default=8, help="images a class (default 8)")
+    sample.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
+    sample.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
+    sample.add_argument("--seed", type=int, default=0, help="of the starting noise (default 0)")
+    sample.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
+
+    classify = verb(
+        "classify",
+        "Classify image files and folders of them.",
+        "latent-egc classify runs/quickstart photo.png folder/ --top-k 3 --json",
+    )
+    classify.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
+    classify.add_argument("images", nargs="+", type=Path, help="image files, or folders that are searched for them")
+    classify.add_argument("--top-k", type=int, default=1, help="classes named for each image (default 1)")
+    classify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    classify.add_argument("--batch-size", type=int, default=64, help="images classified at once (default 64)")
+    classify.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
+
+    info = verb("info", "Say what a pipeline holds.", "latent-egc info runs/quickstart")
+    info.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
+
+    export = verb(
+        "export",
+        "Write one self-contained folder for the Hugging Face Hub: weights, code, model card.",
+        "latent-egc export runs/quickstart exported --push-to-hub USER/NAME",
+    )
+    export.add_argument("run", type=Path, help="a run's folder")
+    export.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
+    export.add_argument("--push-to-hub", metavar="REPO", default=None, help="upload the folder to this repository")
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="such as training.max_steps=500")
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, parameters and memory; write nothing"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; errors that a user can mend are printed without a traceback and give exit status 2."""
+    options = _parser().parse_args(arguments)
+    verbs = {
+        "encode": _encode,
+        "train": _train,
+        "sample": _sample,
+        "classify": _classify,
+        "info": _info,
+        "export": _export,
+    }
+    return _run(verbs[options.verb], options)
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """What train.py does: the verb `train`, as a script that `accelerate launch` and `torchrun` can start."""
+    parser = argparse.ArgumentParser(
+        description="Train an energy network.",
+        epilog="example: accelerate launch train.py configs/digits.yaml training.max_steps=500 output_dir=runs/a",
+    )
+    _add_train_arguments(parser)
+    return _run(_train, parser.parse_args(arguments))
+
+
+def _run(verb, options: argparse.Namespace) -> int:
+    from latent_egc.training import NonFiniteLossError
+
+    try:
+        return verb(options) or 0
+    except (ConfigError, CheckpointError, NonFiniteLossError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _device(name: str | None) -> str:
+    from accelerate import PartialState
+
+    return name or PartialState().device.type
+
+
+def _load_pipeline(path: str, device: str | None = None):
+    from latent_egc.pipelines import EGCPipeline
+
+    source = str(pipeline_folder(path)) if Path(path).exists() else path
+    return EGCPipeline.from_pretrained(source).to(_device(device))
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from latent_egc.config import load_config
+    from latent_egc.latent_cache import encode
+
+    config = load_config(options.config, options.overrides)
+    folder = encode(config, options.batch_size, _device(options.device))
+    print(f"latent cache written: {folder}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from latent_egc.config import load_config
+    from latent_egc.training import describe, train
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(describe(config), end="")
+    else:
+        train(config)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from latent_egc.figures import sample_rows, save_grid
+
+    pipeline = _load_pipeline(options.pipeline, options.device)
+    names = pipeline.id2label
+    class_ids = None
+    if not options.unlabelled and names:
+        wanted = [int(c) if c.isdigit() and c not in names.values() else c for c in options.classes or []]
+        class_ids = pipeline.label_ids(wanted or list(names)[:10]).tolist()
+    images = sample_rows(
+        pipeline, class_ids, options.images_per_class, options.steps, options.guidance_scale, seed=options.seed
+    )
+    row_names = None if class_ids is None else [names[i] for i in class_ids]
+    options.output.mkdir(parents=True, exist_ok=True)
+    save_grid(images, options.output / "grid.png", row_names)
+    for row, row_images in enumerate(tqdm(images, desc="write")):
+        label = f"row{row}" if row_names is None else row_names[row].replace("/", "-").replace(" ", "_")
+        for column, image in enumerate(row_images):
+            Image.fromarray((image * 255).round().astype("uint8")).save(options.output / f"{label}_{column:03d}.png")
+    print(f"{images.shape[0] * images.shape[1]} images and grid.png written to {options.output}")
+
+
+def _classify(options: argparse.Namespace) -> None:
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    files = _image_files(options.images)
+    pipeline = _load_pipeline(options.pipeline, options.device)
+    rows = []
+    batches = range(0, len(files), options.batch_size)
+    for first in tqdm(batches, desc="classify", disable=len(batches) < 2):
+        batch, images = files[first : first + options.batch_size], []
+        for file in batch:
+            try:
+                with Image.open(file) as image:
+                    images.append(image.copy())
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"corrupt image: {file}: {error}") from error
+        output = pipeline.classify(images, top_k=options.top_k)
+        top = output.probabilities.topk(options.top_k, dim=-1).values.tolist()
+        for file, labels, probabilities, energy in zip(batch, output.labels, top, output.energy.tolist(), strict=True):
+            rows.append({"file": str(file), "labels": labels, "probabilities": probabilities, "energy": energy})
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    width = max(len(row["file"]) for row in rows)
+    print(f"{'file':<{width}}  {'energy':>10}  classes")
+    for row in rows:
+        classes = "  ".join(f"{n} {p:.3f}" for n, p in zip(row["labels"], row["probabilities"], strict=True))
+        print(f"{row['file']:<{width}}  {row['energy']:>10.3f}  {classes}")
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise FileNotFoundError(f"no image in the folder {path}")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no such file or folder: {path}")
+    return files
+
+
+def _info(options: argparse.Namespace) -> None:
+    pipeline = _load_pipeline(options.pipeline, "cpu")
+    model, vae = pipeline.energy_model, pipeline.vae
+    names = list(pipeline.id2label.values())
+    autoencoder = "none, pixel space"
+    if vae is not None:
+        autoencoder = f"{type(vae).__name__}, {sum(p.numel() for p in vae.parameters()):,} parameters"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    config = model.config
+    print(f"energy model  {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"head          {config.head}" + (", Gaussian part" if config.gaussian_part else ""))
+    print(f"autoencoder   {autoencoder}")
+    print(f"images        {pipeline.image_size} x {pipeline.image_size} px")
+    print(f"latents       {config.in_channels} x {config.sample_size} x {config.sample_size}")
+    print(f"classes       {len(names)}: {shown}" if names else "classes       none")
+    print(f"guidance      {pipeline.config.default_guidance_scale:g} by default")
+    print(
+        f"scheduler     {type(pipeline.scheduler).__name__}, {config.num_train_timesteps} timesteps, {config.beta_schedule}"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from latent_egc.hub import export
+
+    export(options.run, options.folder, push_to_hub=options.push_to_hub)
+    print(f"exported to {options.folder}" + (f" and {options.push_to_hub}" if options.push_to_hub else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

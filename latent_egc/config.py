@@ -1,0 +1,295 @@
+"""A run's configuration: frozen dataclasses, read from one YAML file and dotted overrides.
+
+Every error names the key. The resolved configuration holds every default and is itself valid input.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from latent_egc.models import EGCUNet, EnergyModel
+
+BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was received and what is allowed."""
+
+
+def _within(default: Any, minimum: float, maximum: float = math.inf) -> Any:
+    """A field whose value, or whose every element, must lie in [minimum, maximum]."""
+    return field(default=default, metadata={"range": (minimum, maximum)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The energy network: which backbone, and its constructor's arguments, which stand beside it in the YAML."""
+
+    backbone: str
+    arguments: Mapping[str, Any]
+
+    def build(self) -> EnergyModel:
+        """A freshly initialised network.
+
+        Raises:
+            ConfigError: arguments that contradict each other.
+        """
+        try:
+            return BACKBONES[self.backbone](**self.arguments)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The pretrained autoencoder; it is never trained."""
+
+    path: str | None = "digits_vae"  # "digits_vae" (in the package), a Hub id, a folder, or null for pixel space
+    subfolder: str | None = None  # such as "vae" inside a Stable Diffusion repository
+    sample_posterior: bool = True  # train on posterior samples; false: on posterior means
+    slicing: bool = False  # encode and decode one image at a time, for large images
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, labels and their views."""
+
+    dataset: str = "digits"  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
+    subset: str | None = None  # the Hub dataset's configuration
+    data_dir: str | None = None
+    data_files: str | dict[str, str] | None = None
+    train_split: str = "train"
+    validation_split: str | None = None  # null: validation_fraction of the train split is held out
+    validation_fraction: float = _within(0.2, 0.0, 0.9)
+    image_column: str | None = None  # null: found by type or name
+    label_column: str | None = None
+    image_size: int = _within(32, 1)  # pixels, height and width
+    horizontal_flip: bool = False
+    random_resized_crop: tuple[float, float] | None = _within((0.5, 1.0), 0.01, 1.0)  # area share, clean branch only
+    num_views: int = _within(4, 1)  # encoded views of each image for the clean branch, in a latent cache
+    latent_cache: str | None = None  # folder written by `latent-egc encode`; null: training reads pixels
+    num_workers: int = _within(0, 0)
+    skip_corrupt: bool = False  # skip unreadable images (and count them) instead of stopping
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    classification_weight: float = _within(0.005, 0.0)  # the paper's gamma
+    label_smoothing: float = _within(0.0, 0.0, 0.99)
+    label_drop: float = _within(0.1, 0.0, 1.0)  # share of labels hidden from the class embedding, if there is one
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop. Steps are optimiser steps (`global_step`)."""
+
+    max_steps: int = _within(1000, 1)
+    train_batch_size: int = _within(64, 1)  # per device and micro-batch
+    gradient_accumulation_steps: int = _within(1, 1)
+    learning_rate: float = _within(1e-4, 0.0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = _within(0, 0)
+    adam_betas: tuple[float, float] = _within((0.9, 0.999), 0.0, 1.0)
+    weight_decay: float = _within(0.0, 0.0)
+    max_grad_norm: float | None = _within(1.0, 0.0)  # null: no clipping
+    mixed_precision: Literal["no", "bf16"] = "no"
+    ema_decay: float = _within(
+        0.9999, 0.0, 1.0
+    )  # the bound; it is reached by diffusers' warm-up (1 + step) / (10 + step)
+    seed: int = _within(0, 0, 2**32 - 1)
+    log_every: int = _within(10, 1)
+    evaluate_every: int = _within(500, 1)
+    sample_every: int = _within(500, 1)
+    checkpoint_every: int = _within(500, 1)
+    keep_checkpoints: int = _within(2, 1)  # the newest; the best is kept besides
+    num_evaluation_samples: int | None = _within(None, 1)  # null: the whole validation split
+    trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's trackers
+    resume: Literal["never", "auto"] = "never"  # auto: go on from the newest checkpoint in output_dir, if there is one
+    overwrite: bool = False  # delete a run that output_dir already holds
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The sample grids, and what the saved pipeline does by default."""
+
+    num_inference_steps: int = _within(50, 1)
+    guidance_scale: float = _within(1.0, 1.0)  # stored with the pipeline
+    images_per_class: int = _within(8, 1)
+    max_classes: int = _within(10, 1)  # rows of the grid
+    batch_size: int = _within(40, 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    output_dir: str = "runs/default"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default included, in the form that `parse_config` reads."""
+        values = dataclasses.asdict(self)
+        values["model"] = {"backbone": self.model.backbone, **self.model.arguments}
+        return _plain(values)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the resolved configuration as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies overrides such as "training.max_steps=500".
+
+    Raises:
+        ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of range,
+            or an override that is not KEY=VALUE.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file not found: {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not all(key.split(".")):
+            raise ConfigError(f"an override is KEY.SUB=VALUE, got {override!r}")
+        section, *rest = key.split(".")
+        target = values
+        for part in ([section, *rest])[:-1]:
+            if not isinstance(target.setdefault(part, {}), dict):
+                raise ConfigError(f"{key}: {part} is a value, not a section")
+            target = target[part]
+        target[key.split(".")[-1]] = yaml.safe_load(text)
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Plain values -> a checked `Config`. Raises ConfigError as `load_config` does."""
+    if "model" not in values:
+        raise ConfigError("model is missing: the section that describes the energy network")
+    config = _parse_dataclass(Config, values, "")
+    path = config.autoencoder.path
+    if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+        raise ConfigError(f"autoencoder.path: no such folder: {path}")
+    for key in ("data_dir", "data_files"):
+        value = getattr(config.data, key)
+        for name in value.values() if isinstance(value, dict) else [value]:
+            if name is not None and "://" not in name and "*" not in name and not Path(name).exists():
+                raise ConfigError(f"data.{key}: no such file or folder: {name}")
+    crop = config.data.random_resized_crop
+    if crop is not None and crop[0] > crop[1]:
+        raise ConfigError(f"data.random_resized_crop must be (smallest, largest) area, got {list(crop)}")
+    return config
+
+
+def _parse_dataclass(cls: type, values: Any, prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: (hints[f.name], f.metadata.get("range")) for f in dataclasses.fields(cls)}
+    return cls(**_parse_fields(fields, values, prefix))
+
+
+def _parse_model(values: Any, prefix: str) -> ModelConfig:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix} must be a section, got {values!r}")
+    backbone = values.get("backbone", "unet")
+    if backbone not in BACKBONES:
+        raise ConfigError(f"{prefix}.backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+    # The constructor is the one list of a backbone's fields.
+    parameters = [p for p in inspect.signature(BACKBONES[backbone].__init__).parameters.values() if p.name != "self"]
+    fields = {p.name: (p.annotation, None) for p in parameters}
+    given = {key: value for key, value in values.items() if key != "backbone"}
+    arguments = {p.name: p.default for p in parameters} | _parse_fields(fields, given, prefix)
+    return ModelConfig(backbone, arguments)
+
+
+def _parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix} must be a section, got {values!r}")
+    parsed = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(fields)}"
+            raise ConfigError(f"unknown key {name}; {hint}")
+        annotation, bounds = fields[key]
+        parsed[key] = _convert(value, annotation, name)
+        if bounds is not None and parsed[key] is not None:
+            for element in parsed[key] if isinstance(parsed[key], tuple) else (parsed[key],):
+                if not bounds[0] <= element <= bounds[1]:
+                    raise ConfigError(f"{name} must be in [{bounds[0]:g}, {bounds[1]:g}], got {value}")
+    return parsed
+
+
+def _convert(value: Any, annotation: Any, name: str) -> Any:
+    """`value` as `annotation`, or a ConfigError; YAML's spellings of floats and of "no" are understood."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is ModelConfig:
+        return _parse_model(value, name)
+    if dataclasses.is_dataclass(annotation):
+        return _parse_dataclass(annotation, {} if value is None else value, name)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(value, option, name)
+            except ConfigError:
+                continue
+        return _convert(value, options[-1], name)
+    if origin is Literal:
+        value = "no" if value is False and "no" in arguments else value  # YAML 1.1 reads a bare no as false
+        if value in arguments:
+            return value
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(element, arguments[0], name) for element in value)
+        if len(value) == len(arguments):
+            return tuple(_convert(element, kind, name) for element, kind in zip(value, arguments, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {_convert(k, arguments[0], name): _convert(v, arguments[1], name) for k, v in value.items()}
+    if annotation is bool and isinstance(value, bool):
+        return value
+    if annotation is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if annotation is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if annotation is str and isinstance(value, str):
+        return value
+    wanted = annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)
+    raise ConfigError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(element) for element in value]
+    return value

@@ -1,0 +1,374 @@
+"""Images and labels: from scikit-learn's digits or any `datasets` source to training batches.
+
+Nothing random here depends on how often or where it is asked: every sample of the endless training stream has a number,
+and its image, views, timestep and noise are functions of (seed, number). A resumed run and any number of processes
+therefore see the same samples.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Sampler
+
+from latent_egc.config import ConfigError, DataConfig
+from latent_egc.pipelines.pipeline_egc import preprocess_images
+
+# What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
+ORDER, AUGMENTATION, NOISE, CACHED_VIEW = range(4)
+
+IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "fine_label")
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be decoded; the message names its file or row."""
+
+
+def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """The random numbers of one purpose for one sample (or epoch): a counter-based generator, so any is reached at once."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, number]))
+
+
+# --- tables of images ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageTable:
+    """One split: images decoded when asked for, labels in memory.
+
+    Args:
+        rows: a `datasets` split whose image column is not decoded.
+        image_column: its name.
+        labels: (rows,) int64 in [-1, K); -1 = unlabelled.
+        name: the split's, for messages.
+    """
+
+    rows: datasets.Dataset
+    image_column: str
+    labels: np.ndarray
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Image.Image:
+        """Row `index` as RGB, its EXIF orientation applied.
+
+        Raises:
+            CorruptImageError: the image cannot be decoded.
+        """
+        stored = self.rows[int(index)][self.image_column]
+        try:
+            if stored is None:
+                raise ValueError("the image is missing")
+            source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+            with Image.open(source) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        # Pillow's plugins report broken files by any of these.
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            where = f" ({stored['path']})" if stored and stored["path"] else ""
+            raise CorruptImageError(f"corrupt image: {self.name} row {index}{where}: {error}") from error
+
+
+@dataclass
+class Splits:
+    """What a run trains and validates on."""
+
+    train: ImageTable
+    validation: ImageTable
+    class_names: list[str]  # empty for an unlabelled model
+
+
+def load_splits(config: DataConfig, num_classes: int | None) -> Splits:
+    """Loads the dataset, finds its columns, splits it and checks its labels.
+
+    Args:
+        config: where the images are.
+        num_classes: K of the model; None ignores labels.
+
+    Raises:
+        ConfigError: no such dataset, split or column, no image, labels out of [-1, K), or a class count that is not K.
+    """
+    train, validation = _load_rows(config)
+    image_column = _find_column(train, "image_column", config.image_column, IMAGE_COLUMN_NAMES, datasets.Image)
+    label_column, names = None, []
+    if num_classes is not None:
+        label_column = _find_column(train, "label_column", config.label_column, LABEL_COLUMN_NAMES, datasets.ClassLabel)
+        names = _class_names(train, label_column, num_classes)
+    if validation is None:
+        train, validation = _hold_out(train, label_column, config.validation_fraction)
+    tables = []
+    for split_name, rows in (("train", train), ("validation", validation)):
+        if image_column not in rows.column_names:
+            raise ConfigError(f"data.validation_split: no column {image_column!r} in it, only {rows.column_names}")
+        if len(rows) == 0:
+            raise ConfigError(f"data.dataset: the {split_name} split of {config.dataset!r} holds no image")
+        if label_column is None:
+            labels = np.full(len(rows), -1, dtype=np.int64)
+        else:
+            labels = _label_ids(rows, label_column, names, split_name)
+        rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        tables.append(ImageTable(rows, image_column, labels, split_name))
+    return Splits(tables[0], tables[1], names)
+
+
+def digits_rows() -> datasets.Dataset:
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8 px, as a `datasets` table like any other."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Image.fromarray(np.round(values * 255 / 16).astype(np.uint8)) for values in digits.images]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+
+
+def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    if config.dataset == "digits":
+        if config.validation_split is not None:
+            raise ConfigError("data.validation_split: the digits have one split; use data.validation_fraction")
+        return digits_rows(), None
+    splits = []
+    for key, split in (("train_split", config.train_split), ("validation_split", config.validation_split)):
+        if split is None:
+            splits.append(None)
+            continue
+        try:
+            rows = datasets.load_dataset(
+                config.dataset, config.subset, data_dir=config.data_dir, data_files=config.data_files, split=split
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError(
+                f"data.dataset={config.dataset!r} with data.{key}={split!r} cannot be loaded: {error}"
+            ) from error
+        splits.append(rows)
+    return splits[0], splits[1]
+
+
+def _find_column(rows: datasets.Dataset, key: str, wanted: str | None, usual: tuple[str, ...], kind: type) -> str:
+    """The configured column, else the only one of the right type, else one with a usual name."""
+    if wanted is not None:
+        if wanted not in rows.column_names:
+            raise ConfigError(f"data.{key}={wanted!r} is not a column; there are {rows.column_names}")
+        return wanted
+    typed = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(typed) == 1:
+        return typed[0]
+    named = [name for name in usual if name in (typed or rows.column_names)]
+    if not named:
+        raise ConfigError(f"data.{key}: set it, none of {rows.column_names} is an obvious choice")
+    return named[0]
+
+
+def _class_names(rows: datasets.Dataset, column: str, num_classes: int) -> list[str]:
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    elif getattr(feature, "dtype", None) == "string":
+        names = sorted(set(rows[column]) - {None})
+    else:
+        names = [str(i) for i in range(num_classes)]
+    if len(names) != num_classes:
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise ConfigError(f"model.num_classes={num_classes}, but data.{column!r} has {len(names)} classes: {shown}")
+    return names
+
+
+def _label_ids(rows: datasets.Dataset, column: str, names: list[str], split_name: str) -> np.ndarray:
+    if column not in rows.column_names:
+        raise ConfigError(f"data.label_column: no column {column!r} in the {split_name} split")
+    values = rows[column]
+    if getattr(rows.features[column], "dtype", None) == "string":
+        name_to_id = {name: i for i, name in enumerate(names)}
+        unknown = sorted({value for value in values if value is not None and value not in name_to_id})
+        if unknown:
+            raise ConfigError(f"data.label_column: {split_name} has labels that train has not: {unknown[:5]}")
+        values = [-1 if value is None else name_to_id[value] for value in values]
+    labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
+    if len(wrong):
+        raise ConfigError(
+            f"label out of range: {split_name} row {wrong[0]} has {labels[wrong[0]]}, allowed are 0 to {len(names) - 1} "
+            f"and -1 for unlabelled ({len(wrong)} such rows)"
+        )
+    return labels
+
+
+def _hold_out(
+    rows: datasets.Dataset, label_column: str | None, fraction: float
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    if fraction == 0:
+        raise ConfigError("data.validation_fraction must be above 0 where data.validation_split is null")
+    if len(rows) < 2:
+        raise ConfigError(f"data.dataset: {len(rows)} images are too few to hold some out for validation")
+    # The split's seed is fixed: runs with other seeds must be judged by the same images.
+    stratify = label_column if isinstance(rows.features.get(label_column), datasets.ClassLabel) else None
+    try:
+        halves = rows.train_test_split(test_size=fraction, seed=0, stratify_by_column=stratify)
+    except ValueError as error:  # too few images of some class
+        warnings.warn(f"the validation split is not stratified by label: {error}", stacklevel=2)
+        halves = rows.train_test_split(test_size=fraction, seed=0)
+    return halves["train"], halves["test"]
+
+
+# --- views of an image ----------------------------------------------------------------------------------------------------
+
+
+def central_view(image: Image.Image, size: int, flipped: bool = False) -> torch.Tensor:
+    """(3, size, size) in [-1, 1]: shorter side resized, centre cropped, mirrored if asked."""
+    pixel_values = preprocess_images(image, size)[0]
+    return pixel_values.flip(-1) if flipped else pixel_values
+
+
+def clean_view(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> torch.Tensor:
+    """(3, size, size) in [-1, 1]: the clean branch's stronger augmentation, a random crop resized and perhaps mirrored.
+
+    The crop's area share is uniform in `random_resized_crop`, its aspect ratio log-uniform in [3/4, 4/3]: the Inception
+    crop of Szegedy et al. (CVPR 2015), torchvision's RandomResizedCrop.
+    """
+    flipped = config.horizontal_flip and rng.random() < 0.5
+    if config.random_resized_crop is not None:
+        width, height = image.size
+        for _ in range(10):
+            area = width * height * rng.uniform(*config.random_resized_crop)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if crop_width <= width and crop_height <= height:
+                left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
+                box = (left, top, left + crop_width, top + crop_height)
+                size = (config.image_size, config.image_size)
+                image = image.resize(size, Image.Resampling.LANCZOS, box=box)
+                break
+    return central_view(image, config.image_size, flipped)
+
+
+# --- the training stream --------------------------------------------------------------------------------------------------
+
+
+class SampleStream:
+    """The endless sequence of training samples: epoch after epoch of `num_images`, each in its own order."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def image_index(self, sample: int) -> int:
+        """Which image sample number `sample` shows."""
+        epoch, position = divmod(sample, self.num_images)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, random_stream(self.seed, ORDER, epoch).permutation(self.num_images)
+        return int(self._order[position])
+
+
+class BatchSchedule(Sampler[list[int]]):
+    """Which samples this process takes in which micro-batch; together the processes cover the stream without a gap.
+
+    Args:
+        first_step, max_steps: the optimiser steps to schedule, [first_step, max_steps).
+        batch_size: rows a micro-batch and process.
+        accumulation: micro-batches a step.
+        process_index, num_processes: this process among all.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        max_steps: int,
+        batch_size: int,
+        accumulation: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.micro_batches = range(first_step * accumulation, max_steps * accumulation)
+        self.batch_size = batch_size
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro_batch in self.micro_batches:
+            first = (micro_batch * self.num_processes + self.process_index) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+def sample_draws(
+    seed: int, sample: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
+) -> dict[str, torch.Tensor]:
+    """The random quantities of one training sample, besides its views.
+
+    Args:
+        seed: the run's.
+        sample: the sample's number in the stream.
+        shape: (C, h, w) of the latents.
+        num_timesteps: timesteps are uniform in [0, num_timesteps).
+        label_drop: probability that the class embedding sees the null label.
+
+    Returns:
+        noise, posterior_noise, clean_posterior_noise (C, h, w) float32; timesteps () int64; label_dropped () bool.
+    """
+    rng = random_stream(seed, NOISE, sample)
+    return {
+        "timesteps": torch.tensor(rng.integers(num_timesteps)),
+        "label_dropped": torch.tensor(rng.random() < label_drop),
+        "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "clean_posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+    }
+
+
+class PixelViews(Dataset):
+    """Two views of each sample's image, for the noisy and the clean branch: images, to be encoded by the training step.
+
+    Args:
+        table: the train split.
+        config: sizes and augmentation.
+        seed: the run's.
+    """
+
+    def __init__(self, table: ImageTable, config: DataConfig, seed: int) -> None:
+        self.table, self.config, self.seed = table, config, seed
+        self.stream = SampleStream(len(table), seed)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
+        index, num_skipped = self.stream.image_index(sample), 0
+        while True:
+            try:
+                image = self.table.image(index)
+                break
+            except CorruptImageError:
+                num_skipped += 1
+                if not self.config.skip_corrupt or num_skipped == len(self.table):
+                    raise
+                index = (index + 1) % len(self.table)
+        rng = random_stream(self.seed, AUGMENTATION, sample)
+        flipped = self.config.horizontal_flip and bool(rng.random() < 0.5)
+        return {
+            "view": central_view(image, self.config.image_size, flipped),
+            "clean_view": clean_view(image, self.config, rng),
+            "class_labels": torch.tensor(self.table.labels[index]),
+            "num_skipped": torch.tensor(num_skipped),
+        }
+
+
+class TrainingSamples(Dataset):
+    """The training stream: `views` (of pixels or of cached moments) joined with `sample_draws`."""
+
+    def __init__(
+        self, views: Dataset, seed: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
+    ) -> None:
+        self.views = views
+        self.draws = (seed, shape, num_timesteps, label_drop)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """Everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
+        seed, *rest = self.draws
+        return {**self.views[sample], **sample_draws(seed, sample, *rest)}

@@ -1,0 +1,384 @@
+"""One scalar energy, two jobs: the forward pass classifies, the input gradient denoises.
+
+    z_t = alpha_t z_0 + sigma_t eps,      alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
+    log p_t(z, y)       = -energy(z, t) / sigma_t + log_softmax(logits(z, t))[y] + const(t)
+    epsilon(z, t)       = grad_z energy(z, t) = -sigma_t * score
+    guided epsilon(z,y) = grad_z [ energy(z, t) - w * sigma_t * log_softmax(logits(z, t))[y] ]
+
+Summing the joint over y leaves exp(-energy / sigma_t): the label is marginalised by construction, and w = 1 samples
+p(z | y) exactly. Source: Guo et al., "EGC: Image Generation and Classification via a Diffusion Energy-Based Model",
+ICCV 2023 (arXiv 2304.02012).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class EnergyOutput(BaseOutput):
+    """What an energy network says of a batch.
+
+    Args:
+        energy: (N,), low = likely, at least float32; comparable only at equal timesteps (divide by sigma_t across them).
+        logits: (N, K), at least float32, at the null label; None for a model without classes.
+    """
+
+    energy: torch.Tensor
+    logits: torch.Tensor | None = None
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Upcasts half types to float32; float32 and float64 stay."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _values_can_be_checked(tensor: torch.Tensor) -> bool:
+    """Compiled code cannot branch on values, and a tensor on the meta device has none."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta"
+
+
+def noise_schedule(
+    num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """abar_t, the share of signal left at each timestep; the schedules and names are diffusers'.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end: first and last beta; "squaredcos_cap_v2" ignores them.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        dtype: float32 gives the very numbers of diffusers' schedulers.
+
+    Returns:
+        (T,) on the CPU, decreasing.
+
+    Raises:
+        ValueError: unknown `beta_schedule`, or betas not in 0 < beta_start <= beta_end < 1.
+    """
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+    # The device is named so that a model built on the meta device (to count its parameters) still has its schedule.
+    options = {"dtype": dtype, "device": "cpu"}
+    if beta_schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, **options)
+    elif beta_schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, **options) ** 2
+    elif beta_schedule == "squaredcos_cap_v2":
+        with torch.device("cpu"):
+            betas = betas_for_alpha_bar(num_train_timesteps).to(dtype)
+    else:
+        raise ValueError(
+            f"beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got {beta_schedule!r}"
+        )
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def attention_pool(energy_map: torch.Tensor) -> torch.Tensor:
+    """Parameter-free attention pool of a map: what its spatial mean attends to.
+
+    Tokens are the mean and every position; the result is the mean's row of softmax(tokens tokens^T / sqrt(K)) tokens.
+
+    Args:
+        energy_map: (N, K, h, w).
+
+    Returns:
+        (N, K).
+
+    Source: the published EGC implementation's pooling of the latent models' output map.
+    """
+    positions = energy_map.flatten(2).transpose(1, 2)  # (N, h*w, K)
+    mean = positions.mean(dim=1, keepdim=True)  # (N, 1, K)
+    tokens = torch.cat([mean, positions], dim=1)
+    weights = (mean @ tokens.transpose(1, 2) * tokens.shape[-1] ** -0.5).softmax(dim=-1)  # (N, 1, 1 + h*w)
+    return (weights @ tokens).squeeze(1)
+
+
+class EnergyModel(ModelMixin, ConfigMixin):
+    """What every backbone shares: the noise schedule, the energy and logits of its output, and their derivatives.
+
+    A backbone registers the config fields of `EGCUNet`'s first block (sample_size ... beta_schedule), calls
+    `check_energy_config` and implements `network`.
+    """
+
+    def network(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        *,
+        twice_differentiable: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The backbone's raw output.
+
+        Args:
+            noisy_latents: (N, C, h, w), checked.
+            timesteps: (N,).
+            class_labels: (N,) in [-1, K) for a model with a class embedding, else None.
+            twice_differentiable: whether the result will be differentiated twice.
+
+        Returns:
+            Head "map": the map f (N, E, h, w), and None. Head "inner": the field h (N, C, h, w), and the logits (N, K)
+            or None without classes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement network()")
+
+    @staticmethod
+    def check_energy_config(
+        head: str, num_classes: int | None, energy_channels: int | None, class_embedding: bool
+    ) -> int | None:
+        """Checks the fields that every backbone shares and returns E, the energy map's channels (None for "inner").
+
+        Raises:
+            ValueError: naming the field, what was received and what is allowed.
+        """
+        if head not in ("map", "inner"):
+            raise ValueError(f"head must be 'map' or 'inner', got {head!r}")
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, or None for unlabelled data, got {num_classes}")
+        if class_embedding and num_classes is None:
+            raise ValueError("class_embedding needs num_classes, got num_classes=None")
+        if head == "inner":
+            if energy_channels is not None:
+                raise ValueError(f"energy_channels belongs to head 'map'; head 'inner' got {energy_channels}")
+            return None
+        if num_classes is None:
+            if energy_channels is None or energy_channels < 1:
+                raise ValueError(
+                    f"head 'map' without classes needs energy_channels of at least 1, got {energy_channels}"
+                )
+            return energy_channels
+        if energy_channels not in (None, num_classes):
+            raise ValueError(
+                f"energy_channels must be num_classes={num_classes} (the logits are pooled from the same map), "
+                f"got {energy_channels}"
+            )
+        return num_classes
+
+    # --- the noise schedule -------------------------------------------------------------------------------------------
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """(T,) abar_t on the model's device, float32 (float64 for a float64 model); not a buffer, so no cast ruins it."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        cached = getattr(self, "_alphas_cumprod", None)
+        if cached is None or cached.dtype != dtype or cached.device != self.device:
+            c = self.config
+            # Built outside inference mode: an inference tensor in the cache could not be used in training afterwards.
+            with torch.inference_mode(False):
+                cached = noise_schedule(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule, dtype)
+                cached = cached.to(self.device)
+            self._alphas_cumprod = cached
+        return cached
+
+    def noise_levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha_t and sigma_t. Between integers, log(sigma_t / alpha_t) is interpolated, as diffusers' schedulers do.
+
+        Args:
+            timesteps: (N,) in [0, num_train_timesteps), integer or float.
+
+        Returns:
+            alpha (N,) and sigma (N,), float32 or float64, alpha^2 + sigma^2 = 1.
+        """
+        alphas_cumprod = self.alphas_cumprod
+        if not timesteps.is_floating_point():
+            abar = alphas_cumprod[timesteps]
+            return abar.sqrt(), (1 - abar).sqrt()
+        log_ratio = 0.5 * ((1 - alphas_cumprod).log() - alphas_cumprod.log())  # log(sigma_t / alpha_t) at the integers
+        lower = timesteps.floor().long().clamp(0, len(alphas_cumprod) - 1)
+        upper = (lower + 1).clamp(max=len(alphas_cumprod) - 1)
+        ratio = torch.lerp(log_ratio[lower], log_ratio[upper], (timesteps - lower).to(log_ratio.dtype)).exp()
+        alpha = (1 + ratio**2).rsqrt()
+        return alpha, ratio * alpha
+
+    # --- energy, logits and their derivatives -------------------------------------------------------------------------
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> EnergyOutput:
+        """Energy and class logits. Differentiable twice by `noisy_latents` where these require grad.
+
+        Args:
+            noisy_latents: (N, C, h, w), scaled latents at `timesteps`.
+            timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float. Clean latents are classified at 0.
+            class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without an embedding.
+
+        Returns:
+            `EnergyOutput`: energy (N,) at `class_labels`, logits (N, K) at the null label, or None without classes.
+
+        Raises:
+            ValueError: a shape, label or timestep does not fit this model.
+        """
+        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
+        levels = self.noise_levels(timesteps)
+        twice_differentiable = torch.is_grad_enabled() and noisy_latents.requires_grad
+        energy, logits = self._energy_and_logits(noisy_latents, timesteps, class_labels, levels, twice_differentiable)
+        return EnergyOutput(energy=energy, logits=logits)
+
+    def epsilon(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        *,
+        guidance_labels: torch.Tensor | None = None,
+        guidance_scale: float = 0.0,
+    ) -> torch.Tensor:
+        """Noise prediction: the gradient of the energy, guided by the classifier in the same backward pass.
+
+        Args:
+            noisy_latents: (N, C, h, w), scaled latents at `timesteps`; need not require grad.
+            timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float.
+            class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without an embedding.
+            guidance_labels: (N,) int64 in [0, K), the y of log p(y | z_t). None: `class_labels`.
+            guidance_scale: weight w of sigma_t * grad log p(y | z_t); 0 is unguided, 1 samples p(z | y) exactly.
+
+        Returns:
+            (N, C, h, w), the dtype of `noisy_latents`. Differentiable by the parameters where gradients are on; works
+            under `torch.no_grad()` and `torch.inference_mode()`.
+
+        Raises:
+            ValueError: a shape, label or timestep does not fit this model, or guidance without labels or classes.
+
+        Source: EGC (ICCV 2023), class-conditional score, times -sigma_t.
+        """
+        epsilon, _ = self.epsilon_and_output(
+            noisy_latents,
+            timesteps,
+            class_labels,
+            guidance_labels=guidance_labels,
+            guidance_scale=guidance_scale,
+        )
+        return epsilon
+
+    def epsilon_and_output(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        *,
+        guidance_labels: torch.Tensor | None = None,
+        guidance_scale: float = 0.0,
+    ) -> tuple[torch.Tensor, EnergyOutput]:
+        """`epsilon` with the energy and logits of the forward pass that it differentiated. Arguments as in `epsilon`."""
+        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
+        if guidance_scale != 0:
+            guidance_labels = class_labels if guidance_labels is None else guidance_labels
+            self._check_guidance(guidance_labels, len(noisy_latents))
+        alpha, sigma = self.noise_levels(timesteps)
+        twice_differentiable = torch.is_grad_enabled()
+
+        def potential(latents: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+            energy, logits = self._energy_and_logits(
+                latents, timesteps, class_labels, (alpha, sigma), twice_differentiable
+            )
+            total = energy
+            if guidance_scale != 0:
+                log_p_y = F.log_softmax(logits, dim=-1).gather(1, guidance_labels[:, None]).squeeze(1)
+                total = energy - guidance_scale * sigma * log_p_y
+            # Rows do not see each other, so the gradient of the sum is every row's own gradient.
+            return total.sum(), (energy,) if logits is None else (energy, logits)
+
+        # torch.func.grad rather than autograd.grad: it also works under no_grad and inference_mode, and compiles.
+        epsilon, output = torch.func.grad(potential, has_aux=True)(noisy_latents)
+        return epsilon, EnergyOutput(*output)
+
+    def _energy_and_logits(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        noise_levels: tuple[torch.Tensor, torch.Tensor],
+        twice_differentiable: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """energy (N,) at the labels and logits (N, K) at the null label, from one pass over N or 2N rows."""
+        config, num_rows = self.config, len(noisy_latents)
+        inputs, input_timesteps, input_labels = noisy_latents, timesteps, None
+        conditional = config.class_embedding and class_labels is not None
+        if conditional:
+            # The energy sees the label, the classifier must not: both as one batch of 2N rows.
+            inputs = torch.cat([noisy_latents, noisy_latents])
+            input_timesteps = torch.cat([timesteps, timesteps])
+            input_labels = torch.cat([class_labels, torch.full_like(class_labels, -1)])
+        elif config.class_embedding:
+            input_labels = torch.full((num_rows,), -1, dtype=torch.long, device=noisy_latents.device)
+        output, logits = self.network(inputs, input_timesteps, input_labels, twice_differentiable=twice_differentiable)
+
+        alpha, sigma = noise_levels
+        latents = at_least_float32(noisy_latents)
+        # Autocast would run the head's matrix products in half precision again.
+        with torch.autocast(device_type=noisy_latents.device.type, enabled=False):
+            output = at_least_float32(output)
+            own_output = output[:num_rows]  # the rows that saw the labels
+            if config.head == "map":
+                network_energy = -own_output.logsumexp(dim=1).sum(dim=(1, 2))
+                if config.num_classes is not None:
+                    logits = attention_pool(output[-num_rows:])
+                log_evidence = None
+            else:
+                network_energy = (latents * own_output).sum(dim=(1, 2, 3)) / 2
+                log_evidence = None
+                if logits is not None:
+                    logits = at_least_float32(logits)
+                    log_evidence = logits[:num_rows].logsumexp(dim=1)
+                    logits = logits[-num_rows:]
+            if config.gaussian_part:
+                energy = sigma * latents.square().sum(dim=(1, 2, 3)) / 2 + alpha * network_energy
+            else:
+                energy = network_energy
+            if log_evidence is not None:
+                energy = energy - sigma * log_evidence
+        return energy, logits
+
+    # --- input checks -------------------------------------------------------------------------------------------------
+
+    def _check_inputs(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Raises ValueError on what does not fit; returns `timesteps` as (N,) on the latents' device."""
+        config = self.config
+        if noisy_latents.ndim != 4 or noisy_latents.shape[1] != config.in_channels:
+            raise ValueError(
+                f"noisy_latents must be (N, {config.in_channels}, h, w), got shape {tuple(noisy_latents.shape)}"
+            )
+        height, width = noisy_latents.shape[-2:]
+        if height % self.size_divisor or width % self.size_divisor:
+            raise ValueError(
+                f"noisy_latents' height and width must be divisible by {self.size_divisor}, got {height} x {width}"
+            )
+        num_rows = len(noisy_latents)
+        timesteps = torch.as_tensor(timesteps, device=noisy_latents.device)
+        if timesteps.ndim == 0:
+            timesteps = timesteps.expand(num_rows)
+        if timesteps.shape != (num_rows,):
+            raise ValueError(f"timesteps must be a scalar or ({num_rows},), got shape {tuple(timesteps.shape)}")
+        if num_rows and _values_can_be_checked(timesteps):
+            low, high = (float(t) for t in timesteps.aminmax())
+            if not 0 <= low <= high < config.num_train_timesteps:
+                raise ValueError(f"timesteps must be in [0, {config.num_train_timesteps}), got {low:g} to {high:g}")
+        if config.class_embedding and class_labels is not None:
+            self.check_labels("class_labels", class_labels, num_rows, lowest=-1)
+        return timesteps
+
+    def _check_guidance(self, guidance_labels: torch.Tensor | None, num_rows: int) -> None:
+        if self.config.num_classes is None:
+            raise ValueError("guidance needs a model with classes, this one has num_classes=None")
+        if guidance_labels is None:
+            raise ValueError("guidance_scale is not 0 but neither guidance_labels nor class_labels is given")
+        self.check_labels("guidance_labels", guidance_labels, num_rows, lowest=0)
+
+    def check_labels(self, name: str, labels: torch.Tensor, num_rows: int, lowest: int) -> None:
+        """Raises ValueError unless `labels` is (num_rows,) int64 in [lowest, K)."""
+        num_classes = self.config.num_classes
+        if labels.shape != (num_rows,) or labels.dtype != torch.long:
+            raise ValueError(f"{name} must be ({num_rows},) int64, got {tuple(labels.shape)} {labels.dtype}")
+        if num_rows and _values_can_be_checked(labels):
+            low, high = (int(label) for label in labels.aminmax())
+            if low < lowest or high >= num_classes:
+                raise ValueError(f"{name} must be in [{lowest}, {num_classes}), got {low} to {high}")

@@ -1,0 +1,115 @@
+"""The training loss: denoise with the energy's gradient, classify with its logits.
+
+    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2
+    classification_loss = mean over the 2N rows [(z_t, t, y); (z_0', 0, y)] of alpha_t * cross entropy
+    loss                = denoising_loss + classification_weight * classification_loss
+
+z_0' is another, stronger augmentation of the same image. Source: EGC (ICCV 2023); the paper's gamma is our
+classification_weight, 0.005 for ImageNet.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latent_egc.models.energy import EnergyModel
+
+
+class EGCLosses(NamedTuple):
+    """Scalars, at least float32; `loss` is what to differentiate."""
+
+    loss: torch.Tensor
+    denoising_loss: torch.Tensor
+    classification_loss: torch.Tensor
+
+
+class EGCObjective(nn.Module):
+    """The loss as a module: DDP must wrap this, for the input gradient is taken inside its forward.
+
+    Args:
+        energy_model: the network to train.
+        classification_weight: gamma >= 0.
+        label_smoothing: of the cross entropy, in [0, 1).
+
+    Raises:
+        ValueError: a weight or smoothing out of range.
+    """
+
+    def __init__(
+        self, energy_model: EnergyModel, classification_weight: float = 0.005, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        if classification_weight < 0:
+            raise ValueError(f"classification_weight must not be negative, got {classification_weight}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.energy_model = energy_model
+        self.classification_weight = classification_weight
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        clean_latents: torch.Tensor | None = None,
+        *,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        label_dropped: torch.Tensor | None = None,
+    ) -> EGCLosses:
+        """Losses of one batch.
+
+        Args:
+            latents: (N, C, h, w), scaled and clean; noise is added here.
+            class_labels: (N,) int64 in [-1, K); -1 = unlabelled: such a row adds 0 to the classification loss, which
+                still divides by all rows. None: unlabelled data; required by a model with classes.
+            clean_latents: (N, C, h, w), the other augmentation z_0', classified at timestep 0; required by a model
+                with classes.
+            noise: (N, C, h, w); None: standard normal.
+            timesteps: (N,); None: uniform integers in [0, num_train_timesteps).
+            label_dropped: (N,) bool, rows whose class embedding sees the null label; None: none. Their classification
+                target stays. Without effect on a model without class embedding.
+
+        Returns:
+            `EGCLosses`; classification_loss is 0 for a model without classes.
+
+        Raises:
+            ValueError: labels or clean_latents missing, or out of range, for a model with classes.
+        """
+        model = self.energy_model
+        num_rows, num_classes = len(latents), model.config.num_classes
+        if noise is None:
+            noise = torch.randn_like(latents)
+        if timesteps is None:
+            timesteps = torch.randint(model.config.num_train_timesteps, (num_rows,), device=latents.device)
+        if num_classes is not None:
+            if class_labels is None or clean_latents is None:
+                raise ValueError("a model with classes needs class_labels and clean_latents")
+            model.check_labels("class_labels", class_labels, num_rows, lowest=-1)
+
+        alpha, sigma = model.noise_levels(timesteps)
+        noisy_latents = alpha[:, None, None, None] * latents + sigma[:, None, None, None] * noise
+        embedded_labels = None
+        if model.config.class_embedding:
+            embedded_labels = class_labels if label_dropped is None else class_labels.masked_fill(label_dropped, -1)
+        epsilon, output = model.epsilon_and_output(noisy_latents, timesteps, embedded_labels)
+        denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
+        if num_classes is None:
+            return EGCLosses(denoising_loss, denoising_loss, torch.zeros_like(denoising_loss))
+
+        clean_timesteps = torch.zeros_like(timesteps)
+        clean_alpha, _ = model.noise_levels(clean_timesteps)
+        # The noisy rows' logits come from the very pass whose energy was differentiated.
+        logits = torch.cat([output.logits, model(clean_latents, clean_timesteps).logits])  # (2N, K)
+        cross_entropy = F.cross_entropy(
+            logits,
+            torch.cat([class_labels, class_labels]),
+            ignore_index=-1,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
+        classification_loss = (torch.cat([alpha, clean_alpha]) * cross_entropy).mean()
+        loss = denoising_loss + self.classification_weight * classification_loss
+        return EGCLosses(loss, denoising_loss, classification_loss)

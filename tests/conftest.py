@@ -1,0 +1,70 @@
+"""Tiny real components, made anew in every test: no mocks, no downloads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from latent_egc import EGCPipeline, EGCUNet
+from latent_egc.pipelines.pipeline_egc import default_scheduler
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data and weights in ../shared")
+
+
+def tiny_unet(randomise: bool = True, **overrides) -> EGCUNet:
+    """An EGCUNet of a few thousand parameters; `randomise` also fills the layers that start at zero."""
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 4,
+        "in_channels": 2,
+        "num_classes": 3,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "attention_levels": (1,),
+        "num_attention_heads": 2,
+        "norm_num_groups": 4,
+    } | overrides
+    model = EGCUNet(**config)
+    if randomise:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tiny_kl(latent_channels: int = 2, **overrides) -> AutoencoderKL:
+    """An AutoencoderKL with random weights, factor 2."""
+    torch.manual_seed(1)
+    config = {
+        "block_out_channels": (4, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": latent_channels,
+        "norm_num_groups": 2,
+        "mid_block_add_attention": False,
+    } | overrides
+    return AutoencoderKL(**config).eval()
+
+
+def tiny_taesd(latent_channels: int = 2) -> AutoencoderTiny:
+    """An AutoencoderTiny with random weights, factor 2."""
+    torch.manual_seed(2)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=latent_channels,
+    ).eval()
+
+
+def tiny_pipeline(vae: bool = True, **overrides) -> EGCPipeline:
+    """A pipeline of tiny random networks: 8x8 images through 4x4 latents, classes cat, dog and cow."""
+    model = tiny_unet(**overrides)
+    names = {0: "cat", 1: "dog", 2: "cow"} if model.config.num_classes else {}
+    pipeline = EGCPipeline(model, tiny_kl() if vae else None, default_scheduler(model), names, 2.0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
