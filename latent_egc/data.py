@@ -36,7 +36,7 @@ def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, number]))
 
 
-# --- tables of images ---------------------------------------------------------------------------------------------------
+# --- tables of images -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -217,7 +217,7 @@ def _hold_out(
     return halves["train"], halves["test"]
 
 
-# --- views of an image ----------------------------------------------------------------------------------------------------
+# --- views of an image ----------------------------------------------------------------------------------------------
 
 
 def central_view(image: Image.Image, size: int, flipped: bool = False) -> torch.Tensor:
@@ -248,7 +248,7 @@ def clean_view(image: Image.Image, config: DataConfig, rng: np.random.Generator)
     return central_view(image, config.image_size, flipped)
 
 
-# --- the training stream --------------------------------------------------------------------------------------------------
+# --- the training stream --------------------------------------------------------------------------------------------
 
 
 class SampleStream:

@@ -4,9 +4,7 @@ Everything random is a function of (seed, sample number), the learning rate of t
 was never interrupted.
 """
 
-import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -25,26 +22,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from latent_egc.autoencoders import encode_moments, latent_shape, latents_from_moments, load_autoencoder
-from latent_egc.checkpoints import (
-    CheckpointError,
-    CheckpointRecord,
-    checkpoint_folders,
-    prune_checkpoints,
-    read_record,
-    replace_folder,
-    write_record,
-)
 from latent_egc.config import Config, ConfigError, TrainingConfig
 from latent_egc.data import (
-    NOISE,
     BatchSchedule,
-    CorruptImageError,
     ImageTable,
     PixelViews,
     TrainingSamples,
-    central_view,
     load_splits,
-    random_stream,
 )
 from latent_egc.figures import read_metrics, sample_rows, save_curves, save_grid
 from latent_egc.latent_cache import CachedViews, open_cache
@@ -52,16 +36,22 @@ from latent_egc.models import EnergyModel
 from latent_egc.objective import EGCLosses, EGCObjective
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.pipelines.pipeline_egc import default_scheduler
-
-# Validation noises each image to one timestep of a fixed grid: the middles of this many equal parts of [0, T).
-NUM_EVALUATION_TIMESTEPS = 20
+from latent_egc.run_folder import (
+    CheckpointError,
+    CheckpointRecord,
+    MetricsLog,
+    checkpoint_folders,
+    prepare_run_folder,
+    prune_checkpoints,
+    read_record,
+    replace_folder,
+    write_record,
+)
+from latent_egc.validation import evaluate, validation_latents
 
 
 class NonFiniteLossError(RuntimeError):
     """Training stopped before a loss that is not finite could reach the weights."""
-
-
-# --- what a run is made of ------------------------------------------------------------------------------------------------
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -145,150 +135,6 @@ def describe(config: Config) -> str:
     )
 
 
-# --- validation -----------------------------------------------------------------------------------------------------------
-
-
-def validation_latents(
-    config: Config, vae: ModelMixin | None, rows: Any, accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This process's share of the validation images: latents (M, C, h, w), labels (M,), row numbers (M,), on the CPU."""
-    count = min(len(rows), config.training.num_evaluation_samples or len(rows))
-    numbers = range(accelerator.process_index, count, accelerator.num_processes)
-    latents, labels, kept = [], [], []
-    cached = not isinstance(rows, ImageTable)
-    for first in tqdm(range(0, len(numbers), 64), desc="validation latents", disable=cached, leave=False):
-        batch, batch_numbers = [], []
-        for number in numbers[first : first + 64]:
-            try:
-                if cached:
-                    view = torch.from_numpy(rows[number]["moments"][0].astype(np.float32))
-                else:
-                    view = central_view(rows.image(number), config.data.image_size)
-            except CorruptImageError:
-                if not config.data.skip_corrupt:
-                    raise
-                continue
-            batch.append(view)
-            batch_numbers.append(number)
-        if batch:
-            views = torch.stack(batch)
-            moments = views if cached else encode_moments(vae, views)
-            latents.append(latents_from_moments(vae, moments).cpu())
-            labels += [int(rows[n]["label"]) if cached else int(rows.labels[n]) for n in batch_numbers]
-            kept += batch_numbers
-    shape = latent_shape(vae, config.data.image_size)
-    return torch.cat(latents) if latents else torch.empty(0, *shape), torch.tensor(labels), torch.tensor(kept)
-
-
-@torch.no_grad()
-def evaluate(
-    model: EnergyModel,
-    latents: torch.Tensor,
-    labels: torch.Tensor,
-    numbers: torch.Tensor,
-    accelerator: Accelerator,
-    batch_size: int,
-) -> dict[str, float]:
-    """Accuracy at timestep 0 and denoising loss over a fixed grid of timesteps with fixed noise, over all processes.
-
-    Args:
-        model: with the weights to judge.
-        latents, labels, numbers: this process's share, from `validation_latents`.
-        accelerator: sums over the processes.
-        batch_size: rows at once.
-
-    Returns:
-        validation_accuracy (for a model with classes), validation_denoising_loss, and its mean over each quarter of the
-        timesteps: validation_denoising_loss_q1 (nearly clean) to _q4 (nearly noise).
-    """
-    num_timesteps = model.config.num_train_timesteps
-    # correct, labelled; then by quarter of the timesteps: summed squared error, elements
-    sums = torch.zeros(10, dtype=torch.float64)
-    for first in range(0, len(latents), batch_size):
-        rows = slice(first, first + batch_size)
-        clean, batch_labels = latents[rows].to(accelerator.device), labels[rows]
-        cells = numbers[rows] % NUM_EVALUATION_TIMESTEPS
-        timesteps = ((cells.double() + 0.5) * num_timesteps / NUM_EVALUATION_TIMESTEPS).long()
-        noise = np.stack([random_stream(0, NOISE, int(n)).standard_normal(clean.shape[1:]) for n in numbers[rows]])
-        noise = torch.from_numpy(noise).to(clean)
-        alpha, sigma = (level[:, None, None, None] for level in model.noise_levels(timesteps.to(clean.device)))
-        error = (model.epsilon(alpha * clean + sigma * noise, timesteps) - noise).square().sum(dim=(1, 2, 3))
-        quarters = (cells * 4) // NUM_EVALUATION_TIMESTEPS
-        sums[2:6].index_add_(0, quarters, error.cpu().double())
-        sums[6:10].index_add_(0, quarters, torch.full(quarters.shape, noise[0].numel(), dtype=torch.float64))
-        if model.config.num_classes is not None:
-            predicted = model(clean, 0).logits.argmax(dim=1).cpu()
-            labelled = batch_labels >= 0
-            sums[0] += (predicted == batch_labels)[labelled].sum()
-            sums[1] += labelled.sum()
-    # Counts stay exact in float32 up to 2^24; errors of that relative size do not matter.
-    sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").cpu().double()
-    results = {}
-    if sums[1] > 0:
-        results["validation_accuracy"] = float(sums[0] / sums[1])
-    results["validation_denoising_loss"] = float(sums[2:6].sum() / sums[6:10].sum())
-    for quarter in range(4):
-        if sums[6 + quarter] > 0:
-            results[f"validation_denoising_loss_q{quarter + 1}"] = float(sums[2 + quarter] / sums[6 + quarter])
-    return results
-
-
-# --- the run's folder -----------------------------------------------------------------------------------------------------
-
-
-def prepare_run_folder(config: Config) -> Path | None:
-    """Makes `output_dir` ready and returns the checkpoint to go on from, if any.
-
-    Raises:
-        ConfigError: the folder holds a run and neither `training.resume` nor `training.overwrite` says what to do with
-            it, or the run to resume has another model.
-    """
-    run, training = Path(config.output_dir), config.training
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output_dir: {run} is a file")
-    holds_run = run.exists() and any(run.iterdir())
-    if training.overwrite and training.resume == "auto":
-        raise ConfigError("training.overwrite and training.resume=auto contradict each other")
-    if holds_run and training.resume != "auto":
-        if not training.overwrite:
-            raise ConfigError(
-                f"output_dir: {run} already holds files; go on with training.resume=auto, delete them with "
-                "training.overwrite=true, or choose another folder"
-            )
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"training.overwrite: {run} does not look like a run (no config.yaml), it is left alone")
-        shutil.rmtree(run)
-    checkpoints = checkpoint_folders(run) if run.exists() else []
-    if checkpoints and (run / "config.yaml").is_file():
-        before = yaml.safe_load((run / "config.yaml").read_text())
-        now = config.to_dict()
-        for section in ("model", "autoencoder"):
-            for key in now[section]:
-                if before[section].get(key) != now[section][key]:
-                    raise ConfigError(
-                        f"training.resume: {section}.{key} was {before[section].get(key)!r} in {run}, now it is "
-                        f"{now[section][key]!r}"
-                    )
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "samples").mkdir(exist_ok=True)
-    config.save(run / "config.yaml")
-    return checkpoints[-1] if checkpoints else None
-
-
-class MetricsLog:
-    """A run's metrics.jsonl: one JSON object a line, each with its step. Resuming forgets the steps that come again."""
-
-    def __init__(self, path: Path, global_step: int) -> None:
-        self.path = path
-        rows = [row for row in read_metrics(path) if row["step"] <= global_step] if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        """Appends one row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
@@ -306,9 +152,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-# --- the loop -------------------------------------------------------------------------------------------------------------
 
 
 class Run:

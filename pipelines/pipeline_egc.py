@@ -165,7 +165,7 @@ class EGCPipeline(DiffusionPipeline):
             config["energy_model"] = [package, config["energy_model"][1]]
         return config
 
-    # --- facts --------------------------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------------------------
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -182,7 +182,7 @@ class EGCPipeline(DiffusionPipeline):
         """Height and width of the images, in pixels."""
         return self.energy_model.config.sample_size * self.vae_scale_factor
 
-    # --- pixels <-> latents -------------------------------------------------------------------------------------------
+    # --- pixels <-> latents -----------------------------------------------------------------------------------------
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images to scaled latents, by the posterior mean. Differentiable.
@@ -205,7 +205,7 @@ class EGCPipeline(DiffusionPipeline):
             return latents
         return self.vae.decode(unscale_latents(self.vae, latents).to(self.vae.dtype)).sample
 
-    # --- classification -----------------------------------------------------------------------------------------------
+    # --- classification ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def classify(self, images: PipelineImageInput, top_k: int = 1) -> EGCClassificationOutput:
@@ -236,7 +236,7 @@ class EGCPipeline(DiffusionPipeline):
             energy=output.energy.cpu(),
         )
 
-    # --- sampling -----------------------------------------------------------------------------------------------------
+    # --- sampling ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -334,7 +334,7 @@ class EGCPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
-    # --- checks -------------------------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------------------------
 
     def label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor | None) -> torch.Tensor | None:
         """Ids, names, one or many -> (L,) int64; None stays None. Raises ValueError on an unknown id or name."""

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 from latent_egc import EGCPipeline, EGCUNet
-from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 ROOT = Path(__file__).resolve().parents[1]

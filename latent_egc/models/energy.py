@@ -158,7 +158,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             )
         return num_classes
 
-    # --- the noise schedule -------------------------------------------------------------------------------------------
+    # --- the noise schedule -----------------------------------------------------------------------------------------
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -194,7 +194,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         alpha = (1 + ratio**2).rsqrt()
         return alpha, ratio * alpha
 
-    # --- energy, logits and their derivatives -------------------------------------------------------------------------
+    # --- energy, logits and their derivatives -----------------------------------------------------------------------
 
     def forward(
         self,
@@ -336,7 +336,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
                 energy = energy - sigma * log_evidence
         return energy, logits
 
-    # --- input checks -------------------------------------------------------------------------------------------------
+    # --- input checks -----------------------------------------------------------------------------------------------
 
     def _check_inputs(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
