@@ -126,37 +126,36 @@ class EnergyModel(ModelMixin, ConfigMixin):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement network()")
 
-    @staticmethod
-    def check_energy_config(
-        head: str, num_classes: int | None, energy_channels: int | None, class_embedding: bool
-    ) -> int | None:
-        """Checks the fields that every backbone shares and returns E, the energy map's channels (None for "inner").
+    def check_energy_config(self) -> int | None:
+        """Checks the config fields that every backbone shares and returns E, the map head's channels (None for "inner").
 
         Raises:
             ValueError: naming the field, what was received and what is allowed.
         """
-        if head not in ("map", "inner"):
-            raise ValueError(f"head must be 'map' or 'inner', got {head!r}")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, or None for unlabelled data, got {num_classes}")
-        if class_embedding and num_classes is None:
+        c = self.config
+        noise_schedule(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule, torch.float32)
+        if c.head not in ("map", "inner"):
+            raise ValueError(f"head must be 'map' or 'inner', got {c.head!r}")
+        if c.num_classes is not None and c.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, or None for unlabelled data, got {c.num_classes}")
+        if c.class_embedding and c.num_classes is None:
             raise ValueError("class_embedding needs num_classes, got num_classes=None")
-        if head == "inner":
-            if energy_channels is not None:
-                raise ValueError(f"energy_channels belongs to head 'map'; head 'inner' got {energy_channels}")
+        if c.head == "inner":
+            if c.energy_channels is not None:
+                raise ValueError(f"energy_channels belongs to head 'map'; head 'inner' got {c.energy_channels}")
             return None
-        if num_classes is None:
-            if energy_channels is None or energy_channels < 1:
+        if c.num_classes is None:
+            if c.energy_channels is None or c.energy_channels < 1:
                 raise ValueError(
-                    f"head 'map' without classes needs energy_channels of at least 1, got {energy_channels}"
+                    f"head 'map' without classes needs energy_channels of at least 1, got {c.energy_channels}"
                 )
-            return energy_channels
-        if energy_channels not in (None, num_classes):
+            return c.energy_channels
+        if c.energy_channels not in (None, c.num_classes):
             raise ValueError(
-                f"energy_channels must be num_classes={num_classes} (the logits are pooled from the same map), "
-                f"got {energy_channels}"
+                f"energy_channels must be num_classes={c.num_classes} (the logits are pooled from the same map), "
+                f"got {c.energy_channels}"
             )
-        return num_classes
+        return c.num_classes
 
     # --- the noise schedule -----------------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class EGCUNet(EnergyModel):
         norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
-        energy_channels = self.check_energy_config(head, num_classes, energy_channels, class_embedding)
+        energy_channels = self.check_energy_config()
         self._check_unet_config()
         time_width = 4 * block_out_channels[0]
         context_width = (class_embedding_dim or time_width) if class_embedding else None
@@ -155,7 +155,7 @@ class EGCUNet(EnergyModel):
         self.time_frequencies = Timesteps(block_out_channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(block_out_channels[0], time_width)
         if class_embedding:
-            self.class_embedding = nn.Embedding(num_classes + 1, context_width)  # the last row is the null label
+            self.class_tokens = nn.Embedding(num_classes + 1, context_width)  # the last row is the null label
 
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
@@ -296,7 +296,7 @@ class EGCUNet(EnergyModel):
         class_token = None
         if class_labels is not None:
             rows = torch.where(class_labels < 0, self.config.num_classes, class_labels)
-            class_token = self.class_embedding(rows)[:, None]  # (N, 1, D_class)
+            class_token = self.class_tokens(rows)[:, None]  # (N, 1, D_class)
 
         hidden = self.conv_in(noisy_latents.to(self.dtype))
         if features is not None:

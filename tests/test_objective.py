@@ -1,0 +1,129 @@
+"""The loss of the design, term by term."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_unet
+
+from latent_egc import EGCObjective
+
+
+def batch(num_rows=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    latents, clean, noise = torch.randn(3, num_rows, 2, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return latents, torch.tensor([2, 0, -1, 1])[:num_rows], clean, noise, torch.tensor([3, 300, 600, 980])[:num_rows]
+
+
+@pytest.mark.parametrize("variant", [{"head": "map"}, {"head": "inner", "class_embedding": True}], ids=str)
+def test_losses_by_hand(variant):
+    model = tiny_unet(**variant).double()
+    latents, labels, clean, noise, timesteps = batch()
+    dropped = torch.tensor([True, False, False, False])
+    losses = EGCObjective(model, 0.3, 0.2)(
+        latents, labels, clean, noise=noise, timesteps=timesteps, label_dropped=dropped
+    )
+
+    abar = model.alphas_cumprod[timesteps]
+    noisy = abar.sqrt().view(4, 1, 1, 1) * latents + (1 - abar).sqrt().view(4, 1, 1, 1) * noise
+    z = noisy.clone().requires_grad_()
+    embedded = torch.tensor([-1, 0, -1, 1])
+    (epsilon,) = torch.autograd.grad(model(z, timesteps, embedded).energy.sum(), z)
+    denoising = (epsilon - noise).square().mean()
+    total = 0.0
+    for rows, levels, row_timesteps in ((noisy, abar.sqrt(), timesteps), (clean, model.alphas_cumprod[:1].sqrt(), 0)):
+        logits = model(rows, row_timesteps).logits
+        for i, label in enumerate(labels.tolist()):
+            if label >= 0:
+                target = torch.full((3,), 0.2 / 3, dtype=torch.float64)
+                target[label] += 0.8
+                total += levels.expand(4)[i] * -(target * F.log_softmax(logits[i], dim=0)).sum()
+    classification = total / 8  # all 2N rows, the unlabelled ones too
+    torch.testing.assert_close(losses.denoising_loss, denoising)
+    torch.testing.assert_close(losses.classification_loss, classification)
+    torch.testing.assert_close(losses.loss, denoising + 0.3 * classification)
+
+
+def test_gradients_of_the_loss_equal_autograd_grads_double_backward():
+    model = tiny_unet().double()
+    latents, labels, clean, noise, timesteps = batch()
+    EGCObjective(model, 0.3)(latents, labels, clean, noise=noise, timesteps=timesteps).loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    model.zero_grad()
+    alpha, sigma = (level.view(4, 1, 1, 1) for level in model.noise_levels(timesteps))
+    z = (alpha * latents + sigma * noise).requires_grad_()
+    output = model(z, timesteps)
+    (epsilon,) = torch.autograd.grad(output.energy.sum(), z, create_graph=True)
+    logits = torch.cat([output.logits, model(clean, 0).logits])
+    weights = torch.cat([alpha.flatten(), model.noise_levels(torch.zeros(4, dtype=torch.long))[0]])
+    cross_entropy = F.cross_entropy(logits, labels.repeat(2), ignore_index=-1, reduction="none")
+    (F.mse_loss(epsilon, noise) + 0.3 * (weights * cross_entropy).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (gradient - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_float32_gradients_equal_float64_eager():
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        model = tiny_unet().to(dtype)
+        latents, labels, clean, noise, timesteps = batch(dtype=dtype)
+        EGCObjective(model, 0.3)(latents, labels, clean, noise=noise, timesteps=timesteps).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_all_unlabelled_batch_is_finite_and_only_denoises():
+    model = tiny_unet()
+    latents, labels, clean, noise, timesteps = batch(dtype=torch.float32)
+    losses = EGCObjective(model, 0.3)(latents, torch.full_like(labels, -1), clean, noise=noise, timesteps=timesteps)
+    assert losses.classification_loss == 0
+    assert losses.loss == losses.denoising_loss
+    losses.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_unlabelled_model_needs_latents_only():
+    losses = EGCObjective(tiny_unet(num_classes=None, energy_channels=4))(batch(dtype=torch.float32)[0])
+    assert losses.classification_loss == 0
+    assert losses.loss.requires_grad
+
+
+def test_noise_and_timesteps_are_drawn_where_not_given():
+    objective = EGCObjective(tiny_unet())
+    latents, labels, clean, _, _ = batch(dtype=torch.float32)
+    first, second = objective(latents, labels, clean), objective(latents, labels, clean)
+    assert first.denoising_loss != second.denoising_loss
+
+
+def test_optimal_energy_of_gaussian_data_reaches_the_known_loss():
+    """z_0 ~ N(0, I): the best epsilon is sigma z, whose expected squared error is alpha^2."""
+    model = tiny_unet(randomise=False)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 512, 2, 4, 4, generator=generator)
+    for timestep in (100, 500, 900):
+        timesteps = torch.full((512,), timestep)
+        losses = EGCObjective(model)(
+            latents, torch.full((512,), -1), latents, noise=noise, timesteps=timesteps
+        )
+        torch.testing.assert_close(losses.denoising_loss, model.alphas_cumprod[timestep], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_labels": None}, "class_labels"),
+        ({"clean_latents": None}, "clean_latents"),
+        ({"class_labels": torch.tensor([0, 1, 2, 3])}, r"class_labels must be in \[-1, 3\)"),
+    ],
+)
+def test_bad_input(change, message):
+    latents, labels, clean, _, _ = batch(dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        EGCObjective(tiny_unet())(**({"latents": latents, "class_labels": labels, "clean_latents": clean} | change))
+
+
+def test_bad_weights():
+    with pytest.raises(ValueError, match="classification_weight"):
+        EGCObjective(tiny_unet(), -1.0)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        EGCObjective(tiny_unet(), 1.0, 1.0)
