@@ -5,6 +5,7 @@ posterior), so that a cache can be sampled anew each time it is read. Pixel spac
 """
 
 import hashlib
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -26,12 +27,24 @@ def load_autoencoder(config: AutoencoderConfig) -> ModelMixin | None:
     path = Path(config.path).expanduser()
     if config.path == "digits_vae":
         path = Path(str(resources.files("latent_egc") / "assets" / "digits_vae"))
+    if config.subfolder is not None and path.is_dir() and not (path / config.subfolder).is_dir():
+        raise ConfigError(f"autoencoder.subfolder={config.subfolder!r}: no such folder in {path}")
     try:
         vae = AutoModel.from_pretrained(str(path) if path.is_dir() else config.path, subfolder=config.subfolder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"autoencoder.path={config.path!r} cannot be loaded: {error}") from error
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ConfigError(f"autoencoder.path={config.path!r} is a {type(vae).__name__}, not an autoencoder")
+    for field in ("block_out_channels", "latent_channels", "scaling_factor"):
+        if vae.config.get(field) is None:
+            raise ConfigError(
+                f"autoencoder.path={config.path!r}: {type(vae).__name__} has no {field}, it is not supported"
+            )
+    if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+        raise ConfigError(
+            f"autoencoder.path={config.path!r} scales its latents by channel (latents_mean, latents_std), which is not "
+            "supported; only scaling_factor and shift_factor are"
+        )
     if config.slicing:
         vae.enable_slicing()
     return vae.eval().requires_grad_(False)
@@ -53,7 +66,7 @@ def latent_shape(vae: ModelMixin | None, image_size: int) -> tuple[int, int, int
 
 @torch.no_grad()
 def encode_moments(vae: ModelMixin | None, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Images (N, 3, H, W) in [-1, 1] -> unscaled moments (N, 2C, h, w), or latents (N, C, h, w) where no posterior is."""
+    """Images (N, 3, H, W) in [-1, 1] -> unscaled moments (N, 2C, h, w), or latents (N, C, h, w) without a posterior."""
     if vae is None:
         return pixel_values
     encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
@@ -84,12 +97,13 @@ def latents_from_moments(
 
 
 def fingerprint(vae: ModelMixin | None) -> str:
-    """Class and a digest of weights and factors: equal exactly for autoencoders that encode alike."""
+    """Class and a digest of weights and configuration: another value means another autoencoder."""
     if vae is None:
         return "pixels"
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    digest.update(repr((vae.config.scaling_factor, vae.config.get("shift_factor"))).encode())
+    settings = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return f"{type(vae).__name__}-{digest.hexdigest()[:16]}"

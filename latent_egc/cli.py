@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "latent-egc encode configs/imagenette64.yaml",
     )
     _add_config_arguments(encode)
-    encode.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
+    encode.add_argument("--batch-size", type=positive_integer, default=64, help="images encoded at once (default 64)")
     encode.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
 
     train = verb(
@@ -50,10 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
     sample.add_argument("--output", type=Path, default=Path("samples"), help="folder for the files (default samples)")
-    sample.add_argument("--classes", nargs="+", default=None, help="names or ids; default: all, at most 10")
-    sample.add_argument("--unlabelled", action="store_true", help="sample without labels, unguided")
-    sample.add_argument("--images-per-class", type=int, default=8, help="images a class (default 8)")
-    sample.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
+    labels = sample.add_mutually_exclusive_group()
+    labels.add_argument("--classes", nargs="+", default=None, help="names or ids; default: all, at most 10")
+    labels.add_argument("--unlabelled", action="store_true", help="sample without labels, unguided")
+    sample.add_argument("--images-per-class", type=positive_integer, default=8, help="images a class (default 8)")
+    sample.add_argument("--steps", type=positive_integer, default=50, help="solver steps (default 50)")
     sample.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
     sample.add_argument("--seed", type=int, default=0, help="of the starting noise (default 0)")
     sample.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
@@ -67,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("images", nargs="+", type=Path, help="image files, or folders that are searched for them")
     classify.add_argument("--top-k", type=int, default=1, help="classes named for each image (default 1)")
     classify.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    classify.add_argument("--batch-size", type=int, default=64, help="images classified at once (default 64)")
+    classify.add_argument(
+        "--batch-size", type=positive_integer, default=64, help="images classified at once (default 64)"
+    )
     classify.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
 
     info = verb("info", "Say what a pipeline holds.", "latent-egc info runs/quickstart")
@@ -82,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
     export.add_argument("--push-to-hub", metavar="REPO", default=None, help="upload the folder to this repository")
     return parser
+
+
+def positive_integer(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,15 +127,13 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
         epilog="example: accelerate launch train.py configs/digits.yaml training.max_steps=500 output_dir=runs/a",
     )
     _add_train_arguments(parser)
-    return _run(_train, parser.parse_args(arguments))
+    return _run(_train, parser.parse_intermixed_args(arguments))
 
 
 def _run(verb, options: argparse.Namespace) -> int:
-    from latent_egc.training import NonFiniteLossError
-
     try:
         return verb(options) or 0
-    except (ConfigError, CheckpointError, NonFiniteLossError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, CheckpointError, FloatingPointError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -139,8 +147,11 @@ def _device(name: str | None) -> str:
 def _load_pipeline(path: str, device: str | None = None):
     from latent_egc.pipelines import EGCPipeline
 
-    source = str(pipeline_folder(path)) if Path(path).exists() else path
-    return EGCPipeline.from_pretrained(source).to(_device(device))
+    if Path(path).exists():
+        path = str(pipeline_folder(path))
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(f"no such run or pipeline: {path}")
+    return EGCPipeline.from_pretrained(path).to(_device(device))
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -172,7 +183,7 @@ def _sample(options: argparse.Namespace) -> None:
     pipeline = _load_pipeline(options.pipeline, options.device)
     names = pipeline.id2label
     class_ids = None
-    if not options.unlabelled and names:
+    if options.classes or (names and not options.unlabelled):
         wanted = [int(c) if c.isdigit() and c not in names.values() else c for c in options.classes or []]
         class_ids = pipeline.label_ids(wanted or list(names)[:10]).tolist()
     images = sample_rows(
@@ -182,29 +193,27 @@ def _sample(options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     save_grid(images, options.output / "grid.png", row_names)
     for row, row_images in enumerate(tqdm(images, desc="write")):
-        label = f"row{row}" if row_names is None else row_names[row].replace("/", "-").replace(" ", "_")
+        # The row's number keeps apart classes that are asked for twice or whose names become equal here.
+        label = f"row{row:02d}"
+        if row_names is not None:
+            label += "_" + row_names[row].replace("/", "-").replace(" ", "_")
         for column, image in enumerate(row_images):
             Image.fromarray((image * 255).round().astype("uint8")).save(options.output / f"{label}_{column:03d}.png")
     print(f"{images.shape[0] * images.shape[1]} images and grid.png written to {options.output}")
 
 
 def _classify(options: argparse.Namespace) -> None:
-    from PIL import Image
     from tqdm.auto import tqdm
+
+    from latent_egc.data import read_image
 
     files = _image_files(options.images)
     pipeline = _load_pipeline(options.pipeline, options.device)
     rows = []
     batches = range(0, len(files), options.batch_size)
     for first in tqdm(batches, desc="classify", disable=len(batches) < 2):
-        batch, images = files[first : first + options.batch_size], []
-        for file in batch:
-            try:
-                with Image.open(file) as image:
-                    images.append(image.copy())
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"corrupt image: {file}: {error}") from error
-        output = pipeline.classify(images, top_k=options.top_k)
+        batch = files[first : first + options.batch_size]
+        output = pipeline.classify([read_image(file, str(file)) for file in batch], top_k=options.top_k)
         top = output.probabilities.topk(options.top_k, dim=-1).values.tolist()
         for file, labels, probabilities, energy in zip(batch, output.labels, top, output.energy.tolist(), strict=True):
             rows.append({"file": str(file), "labels": labels, "probabilities": probabilities, "energy": energy})
@@ -249,9 +258,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"latents       {config.in_channels} x {config.sample_size} x {config.sample_size}")
     print(f"classes       {len(names)}: {shown}" if names else "classes       none")
     print(f"guidance      {pipeline.config.default_guidance_scale:g} by default")
-    print(
-        f"scheduler     {type(pipeline.scheduler).__name__}, {config.num_train_timesteps} timesteps, {config.beta_schedule}"
-    )
+    schedule = f"{config.num_train_timesteps} timesteps, {config.beta_schedule}"
+    print(f"scheduler     {type(pipeline.scheduler).__name__}, {schedule}")
 
 
 def _export(options: argparse.Namespace) -> None:

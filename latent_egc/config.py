@@ -157,15 +157,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies overrides such as "training.max_steps=500".
 
     Raises:
-        ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of range,
-            or an override that is not KEY=VALUE.
+        ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of
+            range, or an override that is not KEY=VALUE.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
@@ -173,13 +173,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise ConfigError(f"an override is KEY.SUB=VALUE, got {override!r}")
-        section, *rest = key.split(".")
+        *sections, last = key.split(".")
         target = values
-        for part in ([section, *rest])[:-1]:
-            if not isinstance(target.setdefault(part, {}), dict):
-                raise ConfigError(f"{key}: {part} is a value, not a section")
-            target = target[part]
-        target[key.split(".")[-1]] = yaml.safe_load(text)
+        for section in sections:
+            if target.get(section) is None:  # absent, or named without a key below it
+                target[section] = {}
+            if not isinstance(target[section], dict):
+                raise ConfigError(f"{key}: {section} is a value, not a section")
+            target = target[section]
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     return parse_config(values)
 
 
@@ -192,6 +197,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise ConfigError(f"autoencoder.path: no such folder: {path}")
     for key in ("data_dir", "data_files"):
+        if "/" in config.data.dataset:  # then they are relative to that folder or Hub repository
+            break
         value = getattr(config.data, key)
         for name in value.values() if isinstance(value, dict) else [value]:
             if name is not None and "://" not in name and "*" not in name and not Path(name).exists():
@@ -212,7 +219,7 @@ def _parse_model(values: Any, prefix: str) -> ModelConfig:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix} must be a section, got {values!r}")
     backbone = values.get("backbone", "unet")
-    if backbone not in BACKBONES:
+    if not isinstance(backbone, str) or backbone not in BACKBONES:
         raise ConfigError(f"{prefix}.backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     # The constructor is the one list of a backbone's fields.
     parameters = [p for p in inspect.signature(BACKBONES[backbone].__init__).parameters.values() if p.name != "self"]
@@ -252,12 +259,13 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         options = [option for option in arguments if option is not type(None)]
-        for option in options[:-1]:
+        if len(options) == 1:
+            return _convert(value, options[0], name)
+        for option in options:
             try:
                 return _convert(value, option, name)
             except ConfigError:
                 continue
-        return _convert(value, options[-1], name)
     if origin is Literal:
         value = "no" if value is False and "no" in arguments else value  # YAML 1.1 reads a bare no as false
         if value in arguments:

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ from latent_egc.config import ConfigError, DataConfig
 from latent_egc.pipelines.pipeline_egc import preprocess_images
 
 # What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
-ORDER, AUGMENTATION, NOISE, CACHED_VIEW = range(4)
+ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE = range(5)
 
 IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "fine_label")
@@ -31,8 +32,25 @@ class CorruptImageError(ValueError):
     """An image that cannot be decoded; the message names its file or row."""
 
 
+def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
+    """An image file as RGB, its EXIF orientation applied.
+
+    Raises:
+        CorruptImageError: it cannot be decoded; the message begins with `name`.
+    """
+    try:
+        with Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip to white
+                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+            return upright.convert("RGB")
+    # Pillow's plugins report broken files by any of these.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise CorruptImageError(f"corrupt image: {name}: {error}") from error
+
+
 def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """The random numbers of one purpose for one sample (or epoch): a counter-based generator, so any is reached at once."""
+    """The random numbers of one purpose for one sample (or epoch): counter-based, so any is reached at once."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, number]))
 
 
@@ -64,17 +82,12 @@ class ImageTable:
         Raises:
             CorruptImageError: the image cannot be decoded.
         """
-        stored = self.rows[int(index)][self.image_column]
-        try:
-            if stored is None:
-                raise ValueError("the image is missing")
-            source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-            with Image.open(source) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        # Pillow's plugins report broken files by any of these.
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            where = f" ({stored['path']})" if stored and stored["path"] else ""
-            raise CorruptImageError(f"corrupt image: {self.name} row {index}{where}: {error}") from error
+        stored, name = self.rows[int(index)][self.image_column], f"{self.name} row {index}"
+        if stored is None:
+            raise CorruptImageError(f"corrupt image: {name}: it is missing")
+        if stored["path"]:
+            name += f" ({stored['path']})"
+        return read_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), name)
 
 
 @dataclass
@@ -102,6 +115,7 @@ def load_splits(config: DataConfig, num_classes: int | None) -> Splits:
     if num_classes is not None:
         label_column = _find_column(train, "label_column", config.label_column, LABEL_COLUMN_NAMES, datasets.ClassLabel)
         names = _class_names(train, label_column, num_classes)
+        _label_ids(train, label_column, names, "train")  # a wrong label is reported by its row before the split
     if validation is None:
         train, validation = _hold_out(train, label_column, config.validation_fraction)
     tables = []
@@ -114,7 +128,10 @@ def load_splits(config: DataConfig, num_classes: int | None) -> Splits:
             labels = np.full(len(rows), -1, dtype=np.int64)
         else:
             labels = _label_ids(rows, label_column, names, split_name)
-        rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        try:
+            rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        except (TypeError, NotImplementedError, ValueError) as error:
+            raise ConfigError(f"data.image_column: column {image_column!r} does not hold images: {error}") from error
         tables.append(ImageTable(rows, image_column, labels, split_name))
     return Splits(tables[0], tables[1], names)
 
@@ -176,26 +193,32 @@ def _class_names(rows: datasets.Dataset, column: str, num_classes: int) -> list[
         names = [str(i) for i in range(num_classes)]
     if len(names) != num_classes:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise ConfigError(f"model.num_classes={num_classes}, but data.{column!r} has {len(names)} classes: {shown}")
+        raise ConfigError(
+            f"model.num_classes={num_classes}, but the label column {column!r} has {len(names)} classes: {shown}"
+        )
     return names
 
 
 def _label_ids(rows: datasets.Dataset, column: str, names: list[str], split_name: str) -> np.ndarray:
     if column not in rows.column_names:
         raise ConfigError(f"data.label_column: no column {column!r} in the {split_name} split")
-    values = rows[column]
-    if getattr(rows.features[column], "dtype", None) == "string":
+    feature, values = rows.features[column], rows[column]
+    if getattr(feature, "dtype", None) == "string":
         name_to_id = {name: i for i, name in enumerate(names)}
         unknown = sorted({value for value in values if value is not None and value not in name_to_id})
         if unknown:
             raise ConfigError(f"data.label_column: {split_name} has labels that train has not: {unknown[:5]}")
         values = [-1 if value is None else name_to_id[value] for value in values]
-    labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    # A table with missing integer labels often stores them as floats with NaN.
+    numbers = np.array([-1 if value is None or value != value else value for value in values])
+    labels = numbers.astype(np.int64) if numbers.ndim == 1 and numbers.dtype.kind in "iufb" else None
+    if labels is None or not np.array_equal(labels, numbers):
+        raise ConfigError(f"data.label_column: column {column!r} must hold strings or integers, got {feature}")
     wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
     if len(wrong):
         raise ConfigError(
-            f"label out of range: {split_name} row {wrong[0]} has {labels[wrong[0]]}, allowed are 0 to {len(names) - 1} "
-            f"and -1 for unlabelled ({len(wrong)} such rows)"
+            f"label out of range: {split_name} row {wrong[0]} has {labels[wrong[0]]}, allowed are 0 to "
+            f"{len(names) - 1} and -1 for unlabelled ({len(wrong)} such rows)"
         )
     return labels
 
@@ -337,8 +360,11 @@ class PixelViews(Dataset):
         self.table, self.config, self.seed = table, config, seed
         self.stream = SampleStream(len(table), seed)
 
-    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """For each sample view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
+        return [self._sample(sample) for sample in samples]
+
+    def _sample(self, sample: int) -> dict[str, torch.Tensor]:
         index, num_skipped = self.stream.image_index(sample), 0
         while True:
             try:
@@ -368,7 +394,8 @@ class TrainingSamples(Dataset):
         self.views = views
         self.draws = (seed, shape, num_timesteps, label_drop)
 
-    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """Everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """For each sample everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
         seed, *rest = self.draws
-        return {**self.views[sample], **sample_draws(seed, sample, *rest)}
+        views = self.views.__getitems__(samples)
+        return [{**view, **sample_draws(seed, sample, *rest)} for view, sample in zip(views, samples, strict=True)]

@@ -1,6 +1,5 @@
 """Pictures of a run: sample grids and training curves."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from latent_egc.pipelines import EGCPipeline
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def sample_rows(
@@ -69,7 +68,7 @@ def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | N
 
     Small images are enlarged by a whole factor, pixel by pixel, so that nothing is invented between pixels.
     """
-    rows, columns, height, width, _ = images.shape
+    rows, height = images.shape[0], images.shape[2]
     factor, gap = max(1, round(64 / height)), 2
     images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
     sheet = einops.rearrange(images, "r c h w d -> (r h) (c w) d")
@@ -94,19 +93,8 @@ def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | N
     plt.close(figure)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def save_curves(metrics: list[dict[str, float]], path: str | Path) -> None:
-    """Writes a PNG of the losses over the steps: training as a line, validation as points, accuracy in its own panel."""
+    """Writes a PNG of the losses over the steps: training as a line, validation as points, accuracy in a panel."""
 
     def series(key: str) -> tuple[list[float], list[float]]:
         rows = [row for row in metrics if key in row]

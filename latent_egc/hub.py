@@ -1,23 +1,22 @@
 """Export: one self-contained folder that loads with latent-egc installed and without it.
 
-The folder holds the weights, the code files of the energy network and the pipeline (they import torch, diffusers and the
-standard library only), and a model card with the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses the
+The folder holds the weights, the code files of the energy network and the pipeline (they import torch, diffusers and
+the standard library only), and a model card with the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses the
 installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` uses the code beside the weights.
 """
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from latent_egc import models
 from latent_egc.config import BACKBONES, ConfigError
-from latent_egc.figures import read_metrics
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.run_folder import pipeline_folder, read_record, replace_folder
+from latent_egc.run_folder import pipeline_folder, read_metrics, read_record, replace_folder
 
 CARD = """\
 # {name}
@@ -81,19 +80,32 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
 
 
 def _add_code(folder: Path) -> None:
-    """Copies the code files beside the weights and names them in model_index.json as diffusers wants it."""
+    """Puts the code files beside the weights and names them in model_index.json as diffusers wants it."""
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text())
     class_name = index["energy_model"][1]
     backbone = next(cls for cls in BACKBONES.values() if cls.__name__ == class_name)
     module = Path(inspect.getfile(backbone))
-    for file in (module, *(Path(inspect.getfile(models)).parent / name for name in ("energy.py", "attention.py"))):
-        shutil.copy(file, folder / "energy_model" / file.name)
+    # One file, because diffusers downloads none but the one that model_index.json names.
+    (folder / "energy_model" / module.name).write_text(_bundle(module, set()))
     pipeline_module = Path(inspect.getfile(EGCPipeline))
     shutil.copy(pipeline_module, folder / pipeline_module.name)
     index["_class_name"] = [pipeline_module.stem, EGCPipeline.__name__]
     index["energy_model"] = [module.stem, class_name]
     index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bundle(module: Path, included: set[str]) -> str:
+    """The module's source, behind that of the modules beside it that it imports, each once."""
+    included.add(module.stem)
+    own, bundled = [], ""
+    for line in module.read_text().splitlines(keepends=True):
+        relative = re.match(r"from \.(\w+) import ", line)
+        if relative is None:
+            own.append(line)
+        elif relative[1] not in included:
+            bundled += _bundle(module.with_name(f"{relative[1]}.py"), included)
+    return bundled + f"# latent_egc/models/{module.name}\n" + "".join(own) + "\n\n"
 
 
 def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:

@@ -25,7 +25,7 @@ from diffusers import ModelMixin
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from latent_egc.autoencoders import encode_moments, fingerprint, load_autoencoder
+from latent_egc.autoencoders import encode_moments, fingerprint, latent_shape, load_autoencoder
 from latent_egc.config import Config, ConfigError
 from latent_egc.data import (
     AUGMENTATION,
@@ -74,7 +74,8 @@ def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
         The cache's folder.
 
     Raises:
-        ConfigError: no `data.latent_cache`, or the folder holds a cache of other data, views or autoencoder.
+        ConfigError: no `data.latent_cache`, or the folder holds a cache of other data, views or autoencoder, or
+            files that are no cache.
         CorruptImageError: an unreadable image, unless `data.skip_corrupt`.
     """
     if config.data.latent_cache is None:
@@ -82,15 +83,19 @@ def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
     if config.autoencoder.path is None:
         raise ConfigError("autoencoder.path is null: pixel space has no latents to cache")
     folder = Path(config.data.latent_cache)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache.json").is_file():
+        raise ConfigError(f"data.latent_cache={str(folder)!r} holds other files; name an empty or a new folder")
     vae = load_autoencoder(config.autoencoder).to(device)
+    latent_shape(vae, config.data.image_size)
     splits = load_splits(config.data, config.model.arguments["num_classes"])
     record = _identity(config, vae) | {
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
         "content": _content_digest(splits),
         "class_names": splits.class_names,
+        "images_per_shard": IMAGES_PER_SHARD,
     }
-    if folder.exists() and any(folder.iterdir()):
+    if (folder / "cache.json").is_file():
         _refuse_other(folder, _read_record(folder), record)
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +121,11 @@ def _encode_split(config: Config, vae: ModelMixin, table: ImageTable, folder: Pa
                 rows, skipped = _encode_rows(config, vae, table, indices, batch_size)
                 num_skipped += skipped
                 shutil.rmtree(unfinished, ignore_errors=True)
-                with _no_datasets_progress():
-                    rows.save_to_disk(unfinished)
+                if rows is None:
+                    unfinished.mkdir()
+                else:
+                    with _no_datasets_progress():
+                        rows.save_to_disk(unfinished)
                 os.replace(unfinished, shard)
             progress.update(len(indices))
     return num_skipped
@@ -137,7 +145,8 @@ def _no_datasets_progress() -> Iterator[None]:
 
 def _encode_rows(
     config: Config, vae: ModelMixin, table: ImageTable, indices: range, batch_size: int
-) -> tuple[datasets.Dataset, int]:
+) -> tuple[datasets.Dataset | None, int]:
+    """The rows of one shard, None where every image is corrupt, and how many images were skipped."""
     data, is_train = config.data, table.name == "train"
     views, labels, num_skipped = [], [], 0
     for index in indices:
@@ -159,8 +168,8 @@ def _encode_rows(
         views.append(torch.stack(central + clean))
         labels.append(int(table.labels[index]))
     num_central = 2 if is_train and data.horizontal_flip else 1
-    if not views:  # every image of the shard was corrupt
-        return datasets.Dataset.from_dict({"moments": [], "clean_moments": [], "label": []}), num_skipped
+    if not views:
+        return None, num_skipped
     pixel_values = torch.cat(views)
     moments = torch.cat([encode_moments(vae, batch).cpu() for batch in pixel_values.split(batch_size)])
     stored = moments.unflatten(0, (len(views), -1)).numpy().astype(STORED_DTYPE)  # (images, views, C', h, w)
@@ -197,8 +206,12 @@ def open_cache(config: Config, vae: ModelMixin) -> LatentCache:
         raise ConfigError(f"data.latent_cache={str(folder)!r} is unfinished; `latent-egc encode` goes on with it")
     splits = []
     for name in ("train", "validation"):
-        shards = [datasets.load_from_disk(str(shard)) for shard in sorted((folder / name).glob("[0-9]" * 5))]
-        splits.append(datasets.concatenate_datasets([s for s in shards if len(s)]).with_format("numpy"))
+        # A shard of which every image was corrupt is an empty folder.
+        shards = [shard for shard in sorted((folder / name).glob("[0-9]" * 5)) if any(shard.iterdir())]
+        if not shards:
+            raise ConfigError(f"data.latent_cache={str(folder)!r}: the {name} split holds no readable image")
+        rows = datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in shards])
+        splits.append(rows.with_format("numpy"))
     return LatentCache(splits[0], splits[1], record["class_names"])
 
 
@@ -209,17 +222,23 @@ class CachedViews(Dataset):
         self.rows, self.seed = rows, seed
         self.stream = SampleStream(len(rows), seed)
 
-    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """view, clean_view (C', h, w) float32; class_labels (); num_skipped (), always 0."""
-        row = self.rows[self.stream.image_index(sample)]
-        rng = random_stream(self.seed, AUGMENTATION, sample)
-        view, clean = (row[key][rng.integers(len(row[key]))] for key in ("moments", "clean_moments"))
-        return {
-            "view": torch.from_numpy(view.astype(np.float32)),
-            "clean_view": torch.from_numpy(clean.astype(np.float32)),
-            "class_labels": torch.tensor(int(row["label"])),
-            "num_skipped": torch.tensor(0),
-        }
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """For each sample view, clean_view (C', h, w) float32; class_labels (); num_skipped (), always 0."""
+        # One read for the whole batch: row by row, finding and unpacking them takes longer than the rest.
+        rows = self.rows[[self.stream.image_index(sample) for sample in samples]]
+        items = []
+        for i, sample in enumerate(samples):
+            rng = random_stream(self.seed, AUGMENTATION, sample)
+            view, clean = (rows[key][i][rng.integers(len(rows[key][i]))] for key in ("moments", "clean_moments"))
+            items.append(
+                {
+                    "view": torch.from_numpy(view.astype(np.float32)),
+                    "clean_view": torch.from_numpy(clean.astype(np.float32)),
+                    "class_labels": torch.tensor(int(rows["label"][i])),
+                    "num_skipped": torch.tensor(0),
+                }
+            )
+        return items
 
 
 def _identity(config: Config, vae: ModelMixin) -> dict[str, Any]:

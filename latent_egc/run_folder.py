@@ -17,7 +17,6 @@ from pathlib import Path
 import yaml
 
 from latent_egc.config import Config, ConfigError
-from latent_egc.figures import read_metrics
 
 
 class CheckpointError(RuntimeError):
@@ -61,7 +60,7 @@ def best_checkpoint(run: str | Path) -> Path | None:
 
 
 def pipeline_folder(path: str | Path) -> Path:
-    """The pipeline that a path means: a pipeline's own folder, or a run's (its last pipeline, else its best checkpoint's).
+    """The pipeline that a path means: a pipeline's own folder, or a run's last pipeline, else its best checkpoint's.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -151,6 +150,17 @@ def prepare_run_folder(config: Config) -> Path | None:
     (run / "samples").mkdir(exist_ok=True)
     config.save(run / "config.yaml")
     return checkpoints[-1] if checkpoints else None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 class MetricsLog:

@@ -1,7 +1,7 @@
 """The training loop: one energy network, one loss, on any number of processes.
 
-Everything random is a function of (seed, sample number), the learning rate of the step; so a resumed run is the run that
-was never interrupted.
+Everything random is a function of (seed, sample number), the learning rate of the step; so a resumed run is the run
+that was never interrupted.
 """
 
 import math
@@ -30,7 +30,7 @@ from latent_egc.data import (
     TrainingSamples,
     load_splits,
 )
-from latent_egc.figures import read_metrics, sample_rows, save_curves, save_grid
+from latent_egc.figures import sample_rows, save_curves, save_grid
 from latent_egc.latent_cache import CachedViews, open_cache
 from latent_egc.models import EnergyModel
 from latent_egc.objective import EGCLosses, EGCObjective
@@ -43,6 +43,7 @@ from latent_egc.run_folder import (
     checkpoint_folders,
     prepare_run_folder,
     prune_checkpoints,
+    read_metrics,
     read_record,
     replace_folder,
     write_record,
@@ -50,7 +51,7 @@ from latent_egc.run_folder import (
 from latent_egc.validation import evaluate, validation_latents
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """Training stopped before a loss that is not finite could reach the weights."""
 
 
@@ -206,12 +207,14 @@ class Run:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """The model with its averaged weights."""
+        """The model with its averaged weights, in eval mode."""
         self.ema.store(self.model.parameters())
         self.ema.copy_to(self.model.parameters())
+        self.model.eval()
         try:
             yield
         finally:
+            self.model.train()
             self.ema.restore(self.model.parameters())
 
     def latents(self, batch: dict[str, torch.Tensor], view: str, posterior_noise: str) -> torch.Tensor:
@@ -250,7 +253,7 @@ class Run:
         return results
 
     def sample(self) -> None:
-        """Writes a grid of samples of the averaged weights; the same noise every time, so that grids can be compared."""
+        """Writes a grid of samples of the averaged weights, from the same noise every time."""
         if self.accelerator.is_main_process:
             sampling = self.config.sampling
             class_ids = list(range(len(self.class_names)))[: sampling.max_classes] or None
@@ -375,9 +378,9 @@ def _train_steps(run: Run, stops: list[int]) -> None:
         if not all(map(math.isfinite, [*means, float(grad_norm)])):
             kept = checkpoint_folders(run.folder)
             raise NonFiniteLossError(
-                f"not finite at step {run.global_step}: loss {means[0]}, denoising {means[1]}, classification {means[2]}, "
-                f"gradient norm {float(grad_norm)}; the weights of this step were not touched, the last checkpoint is "
-                f"{kept[-1] if kept else 'none'}; a lower training.learning_rate or a smaller training.max_grad_norm may help"
+                f"not finite at step {run.global_step}: loss {means[0]}, denoising {means[1]}, classification "
+                f"{means[2]}, gradient norm {float(grad_norm)}; the weights were not touched by it, the last checkpoint "
+                f"is {kept[-1] if kept else 'none'}; a lower training.learning_rate or training.max_grad_norm may help"
             )
         run.optimizer.step()
         run.optimizer.zero_grad()

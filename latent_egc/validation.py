@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from latent_egc.autoencoders import encode_moments, latent_shape, latents_from_moments
 from latent_egc.config import Config
-from latent_egc.data import NOISE, CorruptImageError, ImageTable, central_view, random_stream
+from latent_egc.data import VALIDATION_NOISE, CorruptImageError, ImageTable, central_view, random_stream
 from latent_egc.models import EnergyModel
 
 # Each image is noised to one timestep of a fixed grid: the middles of this many equal parts of [0, T).
@@ -20,7 +20,7 @@ NUM_TIMESTEPS = 20
 def validation_latents(
     config: Config, vae: ModelMixin | None, rows: Any, accelerator: Accelerator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This process's share of the validation images: latents (M, C, h, w), labels (M,), row numbers (M,), on the CPU."""
+    """This process's share of the validation images, on the CPU: latents (M, C, h, w), labels and row numbers (M,)."""
     count = min(len(rows), config.training.num_evaluation_samples or len(rows))
     numbers = range(accelerator.process_index, count, accelerator.num_processes)
     latents, labels, kept = [], [], []
@@ -78,7 +78,9 @@ def evaluate(
         clean, batch_labels = latents[rows].to(accelerator.device), labels[rows]
         cells = numbers[rows] % NUM_TIMESTEPS
         timesteps = ((cells.double() + 0.5) * num_timesteps / NUM_TIMESTEPS).long()
-        noise = np.stack([random_stream(0, NOISE, int(n)).standard_normal(clean.shape[1:]) for n in numbers[rows]])
+        noise = np.stack(
+            [random_stream(0, VALIDATION_NOISE, int(n)).standard_normal(clean.shape[1:]) for n in numbers[rows]]
+        )
         noise = torch.from_numpy(noise).to(clean)
         alpha, sigma = (level[:, None, None, None] for level in model.noise_levels(timesteps.to(clean.device)))
         error = (model.epsilon(alpha * clean + sigma * noise, timesteps) - noise).square().sum(dim=(1, 2, 3))

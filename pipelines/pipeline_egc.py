@@ -1,8 +1,8 @@
 """EGCPipeline: one object that samples images and classifies them, with one energy network.
 
-Sampling follows the energy's input gradient through any epsilon-prediction scheduler of diffusers; classification is one
-forward pass on clean latents at timestep 0, the published convention. This file travels to the Hub beside the weights,
-so it imports torch, diffusers and the standard library only.
+Sampling follows the energy's input gradient through any epsilon-prediction scheduler of diffusers; classification is
+one forward pass on clean latents at timestep 0, the published convention. This file travels to the Hub beside the
+weights, so it imports torch, diffusers and the standard library only.
 """
 
 import difflib
@@ -61,6 +61,21 @@ def scale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 def unscale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """The inverse of `scale_latents`."""
     return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+
+def _align_weights(module: ModelMixin | None) -> None:
+    """Copies weights that a file was mapped to at odd addresses, where CPU kernels are slower and round differently.
+
+    A loaded pipeline then gives, bit for bit, what the saved one gave.
+    """
+    for parameter in module.parameters() if module is not None else ():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+
+
+def _in_package() -> bool:
+    """Whether this is latent_egc's own file, not a copy of it from a repository."""
+    return __name__.split(".")[0] == "latent_egc"
 
 
 def preprocess_images(images: PipelineImageInput, size: int) -> torch.Tensor:
@@ -152,18 +167,30 @@ class EGCPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label, default_guidance_scale=default_guidance_scale)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._check_scheduler()
+        for module in (energy_model, vae):
+            _align_weights(module)
+
+    # An exported folder names its own code files, for use without this package. Where the package is installed its classes
+    # are used instead, and no code from the folder is run: the next two methods rewrite the names, strings only. The
+    # pipeline's own is rewritten in the private method because loading from the Hub reads model_index.json through it
+    # before anything is downloaded; the energy network's must stay until then, or the Hub's listing would not fit it.
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
-        # An exported folder names its own code files, for use without this package. Where the package is installed its
-        # classes are used instead, and no code from the folder is run. Overridden here, not in load_config, because
-        # loading from the Hub reads model_index.json through this method before anything is downloaded.
         config = super()._dict_from_json_file(json_file)
-        package = __name__.split(".")[0]
-        if package == "latent_egc" and isinstance(config.get("_class_name"), list):
+        if _in_package() and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][1]
-            config["energy_model"] = [package, config["energy_model"][1]]
         return config
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """See `ConfigMixin.load_config`."""
+        loaded = super().load_config(*arguments, **options)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        module, class_name = config.get("energy_model") or (None, None)
+        if _in_package() and module is not None and "." not in module:
+            config["energy_model"] = [f"latent_egc.models.{module}", class_name]
+        return loaded
 
     # --- facts ------------------------------------------------------------------------------------------------------
 
@@ -415,6 +442,6 @@ class EGCPipeline(DiffusionPipeline):
             needed = {field: self.energy_model.config[field] for field in fields}
             received = {field: config.get(field) for field in fields}
             raise ValueError(
-                f"{name} has another noise schedule than the energy network: it needs {needed}, got {received}; build it "
-                f"with {name}.from_config(pipeline.scheduler.config)"
+                f"{name} has another noise schedule than the energy network: it needs {needed}, got {received}; build "
+                f"it with {name}.from_config(pipeline.scheduler.config)"
             )

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 from latent_egc import EGCPipeline, EGCUNet
+from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def tiny_taesd(latent_channels: int = 2) -> AutoencoderTiny:
 
 def tiny_pipeline(vae: bool = True, **overrides) -> EGCPipeline:
     """A pipeline of tiny random networks: 8x8 images through 4x4 latents, classes cat, dog and cow."""
-    model = tiny_unet(**overrides)
+    model = tiny_unet(**overrides).eval()
     names = {0: "cat", 1: "dog", 2: "cow"} if model.config.num_classes else {}
     pipeline = EGCPipeline(model, tiny_kl() if vae else None, default_scheduler(model), names, 2.0)
     pipeline.set_progress_bar_config(disable=True)

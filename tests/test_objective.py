@@ -102,9 +102,7 @@ def test_optimal_energy_of_gaussian_data_reaches_the_known_loss():
     latents, noise = torch.randn(2, 512, 2, 4, 4, generator=generator)
     for timestep in (100, 500, 900):
         timesteps = torch.full((512,), timestep)
-        losses = EGCObjective(model)(
-            latents, torch.full((512,), -1), latents, noise=noise, timesteps=timesteps
-        )
+        losses = EGCObjective(model)(latents, torch.full((512,), -1), latents, noise=noise, timesteps=timesteps)
         torch.testing.assert_close(losses.denoising_loss, model.alphas_cumprod[timestep], rtol=0.03, atol=0)
 
 

@@ -24,7 +24,7 @@ class EnergyOutput(BaseOutput):
     """What an energy network says of a batch.
 
     Args:
-        energy: (N,), low = likely, at least float32; comparable only at equal timesteps (divide by sigma_t across them).
+        energy: (N,), low = likely, at least float32; comparable only at equal timesteps (across them divide by sigma_t).
         logits: (N, K), at least float32, at the null label; None for a model without classes.
     """
 
@@ -35,6 +35,12 @@ class EnergyOutput(BaseOutput):
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Upcasts half types to float32; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """A context in which operations on the tensor's device keep its precision."""
+    # There is no autocast on the meta device, where a network only counts what it would need.
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
 def _values_can_be_checked(tensor: torch.Tensor) -> bool:
@@ -161,7 +167,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
-        """(T,) abar_t on the model's device, float32 (float64 for a float64 model); not a buffer, so no cast ruins it."""
+        """(T,) abar_t on the model's device, float32 (float64 for a float64 model). Not a buffer: no cast ruins it."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         cached = getattr(self, "_alphas_cumprod", None)
         if cached is None or cached.dtype != dtype or cached.device != self.device:
@@ -205,8 +211,8 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
         Args:
             noisy_latents: (N, C, h, w), scaled latents at `timesteps`.
-            timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float. Clean latents are classified at 0.
-            class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without an embedding.
+            timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float. Clean latents belong to 0.
+            class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without one.
 
         Returns:
             `EnergyOutput`: energy (N,) at `class_labels`, logits (N, K) at the null label, or None without classes.
@@ -234,7 +240,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         Args:
             noisy_latents: (N, C, h, w), scaled latents at `timesteps`; need not require grad.
             timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float.
-            class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without an embedding.
+            class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without one.
             guidance_labels: (N,) int64 in [0, K), the y of log p(y | z_t). None: `class_labels`.
             guidance_scale: weight w of sigma_t * grad log p(y | z_t); 0 is unguided, 1 samples p(z | y) exactly.
 
@@ -265,7 +271,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         guidance_labels: torch.Tensor | None = None,
         guidance_scale: float = 0.0,
     ) -> tuple[torch.Tensor, EnergyOutput]:
-        """`epsilon` with the energy and logits of the forward pass that it differentiated. Arguments as in `epsilon`."""
+        """`epsilon`, with the energy and logits of the forward pass that it differentiated. Arguments as there."""
         timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
         if guidance_scale != 0:
             guidance_labels = class_labels if guidance_labels is None else guidance_labels
@@ -312,7 +318,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         alpha, sigma = noise_levels
         latents = at_least_float32(noisy_latents)
         # Autocast would run the head's matrix products in half precision again.
-        with torch.autocast(device_type=noisy_latents.device.type, enabled=False):
+        with without_autocast(noisy_latents):
             output = at_least_float32(output)
             own_output = output[:num_rows]  # the rows that saw the labels
             if config.head == "map":

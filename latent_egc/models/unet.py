@@ -16,7 +16,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from .attention import MultiHeadAttention
-from .energy import EnergyModel
+from .energy import EnergyModel, without_autocast
 
 
 class SpatialTransformer(nn.Module):
@@ -194,8 +194,12 @@ class EGCUNet(EnergyModel):
     def _check_unet_config(self) -> None:
         c = self.config
         num_levels = len(c.block_out_channels)
-        if num_levels < 1 or c.layers_per_block < 1:
-            raise ValueError("block_out_channels and layers_per_block must name at least one level and one layer")
+        counts = ("sample_size", "in_channels", "layers_per_block", "num_attention_heads", "norm_num_groups")
+        for name in counts:
+            if c[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {c[name]}")
+        if num_levels < 1 or min(c.block_out_channels) < 1:
+            raise ValueError(f"block_out_channels must hold positive widths, got {c.block_out_channels}")
         for width in c.block_out_channels:
             if width % c.norm_num_groups:
                 raise ValueError(f"norm_num_groups={c.norm_num_groups} must divide every width, got {width}")
@@ -222,7 +226,7 @@ class EGCUNet(EnergyModel):
                 nn.init.zeros_(module.proj_out.weight)
                 nn.init.zeros_(module.proj_out.bias)
         # A flat energy at the start: epsilon is then 0, or the Gaussian part's sigma_t z. Without classes nothing but
-        # the initial values would ever tell the map's channels apart (a logsumexp treats them alike), so these are tiny.
+        # the initial values could tell the map's channels apart (a logsumexp treats them alike), so these are tiny.
         if self.config.num_classes is None and self.config.head == "map":
             nn.init.normal_(self.conv_out.weight, std=1e-3)
         else:
@@ -243,7 +247,7 @@ class EGCUNet(EnergyModel):
         """See `EnergyModel.network`."""
         hidden = self._trunk(noisy_latents, timesteps, class_labels, twice_differentiable, features=None)
         # The output layers run in the weights' precision also under autocast: energies are sums over all positions.
-        with torch.autocast(device_type=hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             hidden = nn.functional.silu(self.norm_out(hidden.to(self.norm_out.weight.dtype)))
             output = self.conv_out(hidden)
             logits = self.class_out(hidden.mean(dim=(2, 3))) if hasattr(self, "class_out") else None

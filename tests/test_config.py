@@ -1,0 +1,217 @@
+"""Configurations: what is accepted, what is refused, and that every refusal names the key."""
+
+import math
+
+import pytest
+import yaml
+from conftest import ROOT, SHARED
+
+from latent_egc.config import Config, ConfigError, load_config, parse_config
+
+MODEL = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "block_out_channels": [32, 64], "attention_levels": [1]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes YAML text to a file and returns its path."""
+
+    def write_text(text: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write_text
+
+
+def refused(values: dict, *parts: str) -> None:
+    """Asserts that `values` beside a usable model raise a ConfigError whose message holds all `parts`."""
+    with pytest.raises(ConfigError) as error:
+        parse_config({"model": MODEL} | values)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_defaults_need_only_a_model():
+    config = parse_config({"model": MODEL})
+    assert config.model.backbone == "unet"
+    assert config.data.dataset == "digits"
+    assert config.autoencoder.path == "digits_vae"
+    assert config.objective.classification_weight == 0.005
+    assert config.model.arguments["num_train_timesteps"] == 1000
+
+
+def test_model_defaults_are_the_constructors():
+    model = parse_config({"model": MODEL}).model.build()
+    for key, value in MODEL.items():
+        assert model.config[key] == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_overrides_win_over_the_file(write):
+    path = write(yaml.safe_dump({"model": MODEL, "training": {"max_steps": 5, "seed": 3}}))
+    overrides = [
+        "training.max_steps=7",
+        "model.num_classes=null",
+        "model.energy_channels=8",
+        "data.horizontal_flip=true",
+    ]
+    overrides += ["data.random_resized_crop=[0.25, 1]", "output_dir=runs/a=b", "training.trackers=[]"]
+    config = load_config(path, overrides)
+    assert (config.training.max_steps, config.training.seed) == (7, 3)
+    assert config.model.arguments["num_classes"] is None
+    assert config.data.horizontal_flip
+    assert config.data.random_resized_crop == (0.25, 1.0)
+    assert config.output_dir == "runs/a=b"
+    assert config.training.trackers == ()
+
+
+def test_override_of_an_absent_and_of_an_empty_section(write):
+    path = write(yaml.safe_dump({"model": MODEL, "training": None}))
+    config = load_config(path, ["training.max_steps=7", "sampling.batch_size=2"])
+    assert (config.training.max_steps, config.sampling.batch_size) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("training.max_steps", "KEY.SUB=VALUE"),
+        ("training..seed=1", "KEY.SUB=VALUE"),
+        ("=1", "KEY.SUB=VALUE"),
+        ("output_dir.name=x", "output_dir is a value"),
+        ("training.adam_betas=[0.9", "training.adam_betas=[0.9"),
+        ("training.max_step=1", "did you mean max_steps?"),
+        ("training=5", "training must be a section"),
+    ],
+)
+def test_bad_overrides_are_named(write, override, part):
+    path = write(yaml.safe_dump({"model": MODEL, "output_dir": "runs/a"}))
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [override])
+    assert part in str(error.value)
+
+
+def test_unknown_keys_get_a_suggestion():
+    refused({"trainig": {}}, "unknown key trainig", "did you mean training?")
+    refused({"data": {"image_siz": 3}}, "unknown key data.image_siz", "did you mean image_size?")
+    refused({"model": MODEL | {"num_clases": 3}}, "unknown key model.num_clases", "did you mean num_classes?")
+    refused({"data": {"zzz": 3}}, "unknown key data.zzz", "allowed are dataset, ")
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"training": {"max_steps": "many"}}, ["training.max_steps must be int", "'many'"]),
+        ({"training": {"max_steps": 1.5}}, ["training.max_steps must be int", "1.5"]),
+        ({"training": {"max_steps": True}}, ["training.max_steps must be int", "True"]),
+        ({"training": {"learning_rate": "fast"}}, ["training.learning_rate must be float", "'fast'"]),
+        ({"training": {"learning_rate": math.inf}}, ["training.learning_rate must be float", "inf"]),
+        ({"training": {"lr_schedule": "linear"}}, ["training.lr_schedule must be one of 'constant', 'cosine'"]),
+        ({"training": {"adam_betas": [0.9]}}, ["training.adam_betas", "[0.9]"]),
+        ({"training": {"trackers": "tensorboard"}}, ["training.trackers", "'tensorboard'"]),
+        ({"data": {"horizontal_flip": 1}}, ["data.horizontal_flip must be bool"]),
+        ({"data": {"data_files": ["a", "b"]}}, ["data.data_files must be str | dict[str, str] | None"]),
+        ({"data": [1]}, ["data must be a section"]),
+        ({"model": None}, ["model must be a section"]),
+        ({"model": MODEL | {"backbone": ["unet"]}}, ["model.backbone must be one of unet"]),
+        ({"model": MODEL | {"block_out_channels": [32, "wide"]}}, ["model.block_out_channels must be int", "'wide'"]),
+        ({"output_dir": 3}, ["output_dir must be str"]),
+    ],
+)
+def test_wrong_types_name_key_and_value(values, parts):
+    refused(values, *parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"training": {"max_steps": 0}}, ["training.max_steps must be in [1, inf], got 0"]),
+        ({"training": {"adam_betas": [0.9, 1.5]}}, ["training.adam_betas must be in [0, 1], got [0.9, 1.5]"]),
+        ({"data": {"random_resized_crop": [0.0, 1.0]}}, ["data.random_resized_crop must be in [0.01, 1]"]),
+        ({"data": {"random_resized_crop": [0.9, 0.5]}}, ["data.random_resized_crop must be (smallest, largest)"]),
+        ({"objective": {"label_smoothing": 1.0}}, ["objective.label_smoothing must be in [0, 0.99], got 1.0"]),
+        ({"sampling": {"guidance_scale": 0.5}}, ["sampling.guidance_scale must be in [1, inf], got 0.5"]),
+    ],
+)
+def test_values_out_of_range_name_key_value_and_range(values, parts):
+    refused(values, *parts)
+
+
+def test_model_is_required():
+    with pytest.raises(ConfigError, match="model is missing"):
+        parse_config({})
+
+
+def test_file_errors_name_the_file(tmp_path, write):
+    with pytest.raises(ConfigError, match=r"config file not found: .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not valid YAML"):
+        load_config(write("model: ["))
+    with pytest.raises(ConfigError, match=r"config\.yaml must hold a mapping"):
+        load_config(write("- model"))
+    path = tmp_path / "image.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ConfigError, match=r"image\.yaml"):
+        load_config(path)
+
+
+def test_missing_files_and_folders_name_the_key(tmp_path):
+    gone = str(tmp_path / "gone")
+    refused({"data": {"dataset": "imagefolder", "data_dir": gone}}, f"data.data_dir: no such file or folder: {gone}")
+    refused({"data": {"dataset": "parquet", "data_files": gone}}, "data.data_files", gone)
+    refused({"data": {"dataset": "parquet", "data_files": {"train": gone}}}, "data.data_files", gone)
+    refused({"autoencoder": {"path": gone}}, f"autoencoder.path: no such folder: {gone}")
+
+
+def test_paths_inside_a_hub_repository_and_patterns_are_not_looked_for():
+    parse_config({"model": MODEL, "data": {"dataset": "user/name", "data_dir": "inside"}})
+    parse_config({"model": MODEL, "data": {"dataset": "parquet", "data_files": "folder/*.parquet"}})
+
+
+def test_yaml_1_1_spellings(write):
+    """YAML 1.1 reads 1e-4 as a string and a bare no as false; both mean what they look like."""
+    text = yaml.safe_dump({"model": MODEL}) + "training:\n  learning_rate: 1e-4\n  mixed_precision: no\n"
+    training = load_config(write(text), ["training.weight_decay=1e-2"]).training
+    assert (training.learning_rate, training.mixed_precision, training.weight_decay) == (1e-4, "no", 1e-2)
+
+
+def test_resolved_config_is_valid_input_and_equal(tmp_path):
+    config = parse_config(
+        {
+            "model": MODEL,
+            "autoencoder": {"path": None},
+            "data": {"dataset": "user/name", "data_files": {"train": "a.parquet"}, "random_resized_crop": None},
+            "training": {"learning_rate": 1e-5, "adam_betas": [0.5, 0.9], "max_grad_norm": None},
+        }
+    )
+    config.save(tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml")
+    assert isinstance(again, Config)
+    assert again == config
+    assert set(yaml.safe_load((tmp_path / "saved.yaml").read_text())["model"]) == {"backbone", *config.model.arguments}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        ({"head": "linear"}, "head"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"num_classes": None}, "energy_channels"),
+        ({"norm_num_groups": 7}, "norm_num_groups"),
+        ({"attention_levels": [2]}, "attention_levels"),
+        ({"sample_size": 7}, "sample_size"),
+        ({"beta_start": 0.5}, "beta"),
+    ],
+)
+def test_contradictions_in_the_model_name_the_field(wrong, key):
+    config = parse_config({"model": MODEL | wrong})
+    with pytest.raises(ConfigError, match=f"model: .*{key}"):
+        config.model.build()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_build(path, monkeypatch):
+    if "../shared" in path.read_text() and not SHARED.is_dir():
+        pytest.skip("needs the data and weights in ../shared")
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    assert config.output_dir == f"runs/{path.stem}"
+    assert config.model.build().config.num_classes == config.model.arguments["num_classes"]
