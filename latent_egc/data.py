@@ -15,11 +15,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from latent_egc.config import ConfigError, DataConfig
-from latent_egc.pipelines.pipeline_egc import preprocess_images
+from latent_egc.pipelines.pipeline_egc import load_rgb, preprocess_images
 
 # What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
 ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE = range(5)
@@ -40,10 +40,7 @@ def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
     """
     try:
         with Image.open(source) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip to white
-                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-            return upright.convert("RGB")
+            return load_rgb(image)
     # Pillow's plugins report broken files by any of these.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise CorruptImageError(f"corrupt image: {name}: {error}") from error
@@ -151,6 +148,9 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
         if config.validation_split is not None:
             raise ConfigError("data.validation_split: the digits have one split; use data.validation_fraction")
         return digits_rows(), None
+    builders = ("imagefolder", "parquet", "arrow", "webdataset")
+    if config.dataset in builders and config.data_dir is None and config.data_files is None:
+        raise ConfigError(f"data.dataset={config.dataset!r} needs data.data_dir or data.data_files")
     splits = []
     for key, split in (("train_split", config.train_split), ("validation_split", config.validation_split)):
         if split is None:
@@ -360,11 +360,8 @@ class PixelViews(Dataset):
         self.table, self.config, self.seed = table, config, seed
         self.stream = SampleStream(len(table), seed)
 
-    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
-        """For each sample view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
-        return [self._sample(sample) for sample in samples]
-
-    def _sample(self, sample: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
         index, num_skipped = self.stream.image_index(sample), 0
         while True:
             try:
@@ -384,6 +381,10 @@ class PixelViews(Dataset):
             "num_skipped": torch.tensor(num_skipped),
         }
 
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """One item for each sample."""
+        return [self[sample] for sample in samples]
+
 
 class TrainingSamples(Dataset):
     """The training stream: `views` (of pixels or of cached moments) joined with `sample_draws`."""
@@ -394,8 +395,12 @@ class TrainingSamples(Dataset):
         self.views = views
         self.draws = (seed, shape, num_timesteps, label_drop)
 
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """Everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
+        return self.__getitems__([sample])[0]
+
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
-        """For each sample everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
+        """One item for each sample."""
         seed, *rest = self.draws
         views = self.views.__getitems__(samples)
         return [{**view, **sample_draws(seed, sample, *rest)} for view, sample in zip(views, samples, strict=True)]

@@ -222,8 +222,12 @@ class CachedViews(Dataset):
         self.rows, self.seed = rows, seed
         self.stream = SampleStream(len(rows), seed)
 
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """view, clean_view (C', h, w) float32; class_labels (); num_skipped (), always 0."""
+        return self.__getitems__([sample])[0]
+
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
-        """For each sample view, clean_view (C', h, w) float32; class_labels (); num_skipped (), always 0."""
+        """One item for each sample."""
         # One read for the whole batch: row by row, finding and unpacking them takes longer than the rest.
         rows = self.rows[[self.stream.image_index(sample) for sample in samples]]
         items = []

@@ -10,6 +10,7 @@ Whatever is written appears under its name only when it is whole: first a tempor
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,21 @@ from pathlib import Path
 import yaml
 
 from latent_egc.config import Config, ConfigError
+
+# What a resumed run may change without becoming another run.
+MAY_CHANGE = {
+    "num_workers",
+    "max_steps",
+    "log_every",
+    "evaluate_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "num_evaluation_samples",
+    "trackers",
+    "resume",
+    "overwrite",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -145,6 +161,14 @@ def prepare_run_folder(config: Config) -> Path | None:
                     raise ConfigError(
                         f"training.resume: {section}.{key} was {before[section].get(key)!r} in {run}, now it is "
                         f"{now[section][key]!r}"
+                    )
+        for section in ("data", "objective", "training"):
+            for key in now[section].keys() - MAY_CHANGE:
+                if before[section].get(key) != now[section][key]:
+                    warnings.warn(
+                        f"resuming with {section}.{key}={now[section][key]!r}, it was {before[section].get(key)!r}: "
+                        "this will not be the run that was never interrupted",
+                        stacklevel=2,
                     )
     run.mkdir(parents=True, exist_ok=True)
     (run / "samples").mkdir(exist_ok=True)

@@ -379,7 +379,7 @@ def _train_steps(run: Run, stops: list[int]) -> None:
             kept = checkpoint_folders(run.folder)
             raise NonFiniteLossError(
                 f"not finite at step {run.global_step}: loss {means[0]}, denoising {means[1]}, classification "
-                f"{means[2]}, gradient norm {float(grad_norm)}; the weights were not touched by it, the last checkpoint "
+                f"{means[2]}, gradient norm {float(grad_norm)}; it did not touch the weights, the last checkpoint "
                 f"is {kept[-1] if kept else 'none'}; a lower training.learning_rate or training.max_grad_norm may help"
             )
         run.optimizer.step()

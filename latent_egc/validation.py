@@ -78,10 +78,8 @@ def evaluate(
         clean, batch_labels = latents[rows].to(accelerator.device), labels[rows]
         cells = numbers[rows] % NUM_TIMESTEPS
         timesteps = ((cells.double() + 0.5) * num_timesteps / NUM_TIMESTEPS).long()
-        noise = np.stack(
-            [random_stream(0, VALIDATION_NOISE, int(n)).standard_normal(clean.shape[1:]) for n in numbers[rows]]
-        )
-        noise = torch.from_numpy(noise).to(clean)
+        streams = [random_stream(0, VALIDATION_NOISE, number) for number in numbers[rows].tolist()]
+        noise = torch.from_numpy(np.stack([stream.standard_normal(clean.shape[1:]) for stream in streams])).to(clean)
         alpha, sigma = (level[:, None, None, None] for level in model.noise_levels(timesteps.to(clean.device)))
         error = (model.epsilon(alpha * clean + sigma * noise, timesteps) - noise).square().sum(dim=(1, 2, 3))
         quarters = (cells * 4) // NUM_TIMESTEPS

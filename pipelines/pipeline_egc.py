@@ -98,10 +98,17 @@ def preprocess_images(images: PipelineImageInput, size: int) -> torch.Tensor:
     return torch.cat([_preprocess_one(image, size) for image in images])
 
 
+def load_rgb(image: Any) -> Any:
+    """A PIL image of any mode as an upright RGB image: EXIF orientation applied, 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip to white
+        image = image.point(lambda value: value / 256).convert("L")
+    return load_image(image)
+
+
 def _preprocess_one(image: Any, size: int) -> torch.Tensor:
     if hasattr(image, "convert"):  # a PIL image
         processor = VaeImageProcessor(resample="lanczos")
-        image = processor.resize(load_image(image), size, size, resize_mode="crop")
+        image = processor.resize(load_rgb(image), size, size, resize_mode="crop")
         return processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(image)))
     if not torch.is_tensor(image):
         if not hasattr(image, "__array__"):
@@ -170,9 +177,9 @@ class EGCPipeline(DiffusionPipeline):
         for module in (energy_model, vae):
             _align_weights(module)
 
-    # An exported folder names its own code files, for use without this package. Where the package is installed its classes
-    # are used instead, and no code from the folder is run: the next two methods rewrite the names, strings only. The
-    # pipeline's own is rewritten in the private method because loading from the Hub reads model_index.json through it
+    # An exported folder names its own code files, for use without this package. Where the package is installed its
+    # classes are used instead, and no code from the folder is run: two methods rewrite the names, strings only. The
+    # pipeline's own is rewritten in the private one because loading from the Hub reads model_index.json through it
     # before anything is downloaded; the energy network's must stay until then, or the Hub's listing would not fit it.
 
     @classmethod

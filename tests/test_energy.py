@@ -231,7 +231,6 @@ def test_class_embedding_moves_the_energy_but_not_the_logits(head):
     assert not torch.allclose(null.energy, conditional.energy)
     torch.testing.assert_close(null.energy, model(latents, timesteps, torch.full((3,), -1)).energy)
     # The label of the energy and the label of the classifier's gradient are two arguments.
-    _, sigma = model.noise_levels(timesteps)
     other = (labels + 1) % 3
     guided = model.epsilon(latents, timesteps, labels, guidance_labels=other, guidance_scale=1.0)
     difference = model.epsilon(latents, timesteps, guidance_labels=other, guidance_scale=1.0) - model.epsilon(

@@ -36,7 +36,7 @@ def gradient_image(width=20, height=12):
     return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------------------------------------
 
 
 def test_ids_names_and_tensors_mean_the_same():
@@ -169,7 +169,7 @@ def test_half_precision_pipeline():
     assert pipeline.classify(gradient_image()).logits.dtype == torch.float32
 
 
-# --- classification -----------------------------------------------------------------------------------------------------
+# --- classification ------------------------------------------------------------------------------------------------
 
 
 def test_classification_is_one_forward_pass_at_timestep_zero():
@@ -244,7 +244,7 @@ def test_bad_top_k():
             tiny_pipeline().classify(gradient_image(), top_k=top_k)
 
 
-# --- construction, saving and loading -----------------------------------------------------------------------------------
+# --- construction, saving and loading ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vae", [tiny_kl, tiny_taesd, lambda: None])
@@ -291,7 +291,7 @@ def test_schedulers_on_another_noise_schedule_are_refused():
         DDIMScheduler.from_config(default_scheduler(model).config, num_train_timesteps=100),
         FlowMatchEulerDiscreteScheduler(),
     ):
-        with pytest.raises(ValueError, match="noise schedule|prediction_type"):
+        with pytest.raises(ValueError, match=r"noise schedule|prediction_type"):
             EGCPipeline(model, None, scheduler)
     pipeline = tiny_pipeline()
     pipeline.scheduler = EulerDiscreteScheduler()

@@ -24,7 +24,7 @@ class EnergyOutput(BaseOutput):
     """What an energy network says of a batch.
 
     Args:
-        energy: (N,), low = likely, at least float32; comparable only at equal timesteps (across them divide by sigma_t).
+        energy: (N,), low = likely, at least float32. Comparable at equal timesteps only; across them divide by sigma_t.
         logits: (N, K), at least float32, at the null label; None for a model without classes.
     """
 
@@ -133,7 +133,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         raise NotImplementedError(f"{type(self).__name__} must implement network()")
 
     def check_energy_config(self) -> int | None:
-        """Checks the config fields that every backbone shares and returns E, the map head's channels (None for "inner").
+        """Checks the fields that every backbone shares; returns E, the map head's channels (None for head "inner").
 
         Raises:
             ValueError: naming the field, what was received and what is allowed.

@@ -1,0 +1,23 @@
+# make quickstart: train on digits, sample, classify.   make test: the tests.   Both make the environment they need.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/python scripts/quickstart.py
+
+# Sums over several threads depend on their number, and the tests start processes of their own: one thread each.
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
