@@ -18,26 +18,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, Features, Value
 from diffusers import AutoencoderKL
 from PIL import Image
-from sklearn.datasets import load_digits
 from tqdm.auto import trange
+
+from latent_egc.config import DataConfig
+from latent_egc.data import central_view, load_splits
 
 
 def load_images() -> tuple[torch.Tensor, torch.Tensor]:
     """Return the train and held-out digits as float images in [-1, 1], (N, 3, 32, 32)."""
-    digits = load_digits()
-    images = []
-    for values in digits.images:
-        pixels = np.round(values * 255 / 16).astype(np.uint8)
-        image = Image.fromarray(pixels).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
-        images.append(np.asarray(image))
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    features = Features({"index": Value("int64"), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    table = Dataset.from_dict({"index": list(range(len(images))), "label": digits.target.tolist()}, features=features)
-    split = table.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
-    return stacked[list(split["train"]["index"])], stacked[list(split["test"]["index"])]
+    config = DataConfig(dataset="digits", image_size=32)
+    splits = load_splits(config, num_classes=10)
+    train, held_out = (
+        torch.stack([central_view(table.image(i), config.image_size) for i in range(len(table))])
+        for table in (splits.train, splits.validation)
+    )
+    return train, held_out
 
 
 def build_model(latent_channels: int) -> AutoencoderKL:
