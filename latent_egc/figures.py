@@ -76,7 +76,7 @@ def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | N
     sheet = Image.fromarray((sheet * 255).round().clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
 
     dpi = 100
-    name_width = 0.09 * max(map(len, row_names)) + 0.15 if row_names else 0.05
+    name_width = 0.072 * max(map(len, row_names)) + 0.15 if row_names else 0.05
     title_height = 0.35 if title else 0.05
     figure_size = (name_width + size[0] / dpi, title_height + size[1] / dpi)
     figure = plt.figure(figsize=figure_size, dpi=dpi)
