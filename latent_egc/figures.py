@@ -120,6 +120,8 @@ def save_curves(metrics: list[dict[str, float]], path: str | Path) -> None:
             axes.set_yscale("log")
         if validation_key is not None:
             axes.plot(*series(validation_key), color="tab:orange", marker="o", markersize=4, label="validation (EMA)")
+        if name == "validation accuracy":
+            axes.set_ylim(0, 1.02)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
