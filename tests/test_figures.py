@@ -8,7 +8,8 @@ import pytest
 from conftest import tiny_pipeline
 from PIL import Image
 
-from latent_egc.figures import read_metrics, sample_rows, save_curves, save_grid
+from latent_egc.figures import sample_rows, save_curves, save_grid
+from latent_egc.run_folder import read_metrics
 
 COLOURS = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [1, 0, 1], [1, 1, 0]]], dtype=np.float32)
 
