@@ -143,8 +143,6 @@ class CompiledForward:
             if self.compiled is self.plain:
                 raise
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"training.compile: the compiler failed, training goes on without it: {reason}", stacklevel=2
-            )
+            warnings.warn(f"training.compile: the compiler failed, training goes on without it: {reason}", stacklevel=2)
             self.compiled = self.plain
             return self.plain(*arguments, **named_arguments)

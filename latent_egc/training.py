@@ -51,7 +51,6 @@ from latent_egc.run_folder import (
 )
 from latent_egc.validation import evaluate, validation_latents
 
-
 # What takes parameters apart, which an input gradient inside the forward pass does not survive.
 REFUSED_LAUNCHES = (DistributedType.FSDP, DistributedType.MEGATRON_LM)
 

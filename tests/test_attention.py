@@ -84,7 +84,9 @@ def test_chunked_kernels_memory_is_linear(monkeypatch):
 def test_many_tokens_take_the_chunked_kernel(monkeypatch):
     monkeypatch.setattr(attention_module, "CHUNKED_FROM_TOKENS", 6)
     calls = []
-    monkeypatch.setattr(attention_module, "chunked_attention", lambda q, k, v: calls.append(1) or math_attention(q, k, v))
+    monkeypatch.setattr(
+        attention_module, "chunked_attention", lambda q, k, v: calls.append(1) or math_attention(q, k, v)
+    )
     many, few = torch.randn(2, 1, 6, 4), torch.randn(2, 1, 5, 4)
     attention(many, few, few, twice_differentiable=True)
     attention(many, many, many, twice_differentiable=False)

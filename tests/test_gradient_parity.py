@@ -101,7 +101,7 @@ def test_bf16_autocast(model_and_reference):
 
 
 class FirstOrderAttention(torch.autograd.Function):
-    """What the parity check must catch: exact values and first derivatives, and a backward pass cut off from autograd."""
+    """What the parity check must catch: exact values and first derivatives, and a backward pass without its own."""
 
     @staticmethod
     def forward(query, key, value):

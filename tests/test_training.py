@@ -448,7 +448,11 @@ def test_compiled_step_in_bf16(tmp_path):
 
 def test_without_a_compiler_there_is_one_warning_and_the_run_goes_on(tmp_path):
     values = run_values(tmp_path / "run", compile=True)
-    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+    environment = {
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+    }
     output = finish(start(values, environment=environment))
     assert output.count("training.compile: the compiler failed, training goes on without it") == 1
     assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}

@@ -173,8 +173,8 @@ class MultiHeadAttention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(context_width, width, bias=bias)
         self.to_v = nn.Linear(context_width, width, bias=bias)
-        self.norm_q = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else None
         self.to_out = nn.Linear(width, width)
 
     def forward(
@@ -186,7 +186,9 @@ class MultiHeadAttention(nn.Module):
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or S, d)
             for projected in (self.to_q(tokens), self.to_k(context), self.to_v(context))
         )
-        # The norms leave autocast in float32; the product that follows is the values'.
-        query, key = self.norm_q(query).to(value.dtype), self.norm_k(key).to(value.dtype)
+        if self.norm_q is not None:
+            # In the weights' precision also under autocast; the products that follow are in the values'.
+            query = self.norm_q(query.to(self.norm_q.weight.dtype)).to(value.dtype)
+            key = self.norm_k(key.to(self.norm_k.weight.dtype)).to(value.dtype)
         attended = attention(query, key, value, twice_differentiable=twice_differentiable)
         return self.to_out(attended.transpose(1, 2).flatten(2))

@@ -346,7 +346,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         noise_levels: tuple[torch.Tensor, torch.Tensor],
         twice_differentiable: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """From one pass over N or 2N rows: energy (N,) at the labels, energy (N,) and logits (N, K) at the null label."""
+        """One pass over N or 2N rows: energy (N,) at the labels, energy (N,) and logits (N, K) at the null label."""
         config, num_rows = self.config, len(noisy_latents)
         alpha, sigma = noise_levels
         latents, labels = noisy_latents, None

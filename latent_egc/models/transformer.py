@@ -218,7 +218,7 @@ class EGCTransformer(EnergyModel):
         twice_differentiable: bool,
         features: dict[str, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (N, T, D) before the output layers and the conditioning (N, D); fills `features` where it is a dict."""
+        """Tokens (N, T, D) before the output layers, conditioning (N, D); fills `features` where it is a dict."""
         conditioning = self.time_embedding(self.time_frequencies(timesteps).to(self.dtype))
         if class_labels is not None:
             rows = torch.where(class_labels < 0, self.config.num_classes, class_labels)
