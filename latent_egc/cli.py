@@ -1,4 +1,4 @@
-"""The command line: latent-egc encode | train | sample | classify | info | export."""
+"""The command line: latent-egc encode | train | sample | classify | info | export | benchmark."""
 
 import argparse
 import json
@@ -84,6 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="a run's folder")
     export.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
     export.add_argument("--push-to-hub", metavar="REPO", default=None, help="upload the folder to this repository")
+
+    benchmark = verb(
+        "benchmark",
+        "Measure what the energy costs beside noise prediction and the published steps, on random data.",
+        "latent-egc benchmark configs/digits.yaml training.train_batch_size=16 --repeats 10",
+    )
+    _add_config_arguments(benchmark)
+    benchmark.add_argument("--repeats", type=positive_integer, default=20, help="timings of each step (default 20)")
+    benchmark.add_argument("--device", default=None, help="cpu or cuda; default: an accelerator if there is one")
+    benchmark.add_argument(
+        "--output", type=Path, default=Path("benchmark.json"), help="file for all numbers (default benchmark.json)"
+    )
     return parser
 
 
@@ -116,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "classify": _classify,
         "info": _info,
         "export": _export,
+        "benchmark": _benchmark,
     }
     return _run(verbs[options.verb], options)
 
@@ -267,6 +280,17 @@ def _export(options: argparse.Namespace) -> None:
 
     export(options.run, options.folder, push_to_hub=options.push_to_hub)
     print(f"exported to {options.folder}" + (f" and {options.push_to_hub}" if options.push_to_hub else ""))
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from latent_egc.benchmark import benchmark
+    from latent_egc.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes
+    report = benchmark(config, options.repeats, _device(options.device))
+    print(report)
+    options.output.write_text(json.dumps(report.to_dict(), indent=1))
 
 
 if __name__ == "__main__":
