@@ -1,6 +1,6 @@
 """One energy network in the latent space of an autoencoder: it classifies by its output, it samples by its gradient."""
 
-from latent_egc.models import EGCUNet, EnergyModel, EnergyOutput
+from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
 from latent_egc.objective import EGCLosses, EGCObjective
 from latent_egc.pipelines import EGCClassificationOutput, EGCPipeline
 
@@ -9,6 +9,7 @@ __all__ = [
     "EGCLosses",
     "EGCObjective",
     "EGCPipeline",
+    "EGCTransformer",
     "EGCUNet",
     "EnergyModel",
     "EnergyOutput",

@@ -1,4 +1,4 @@
-"""The command line: latent-egc encode | train | sample | classify | info | export | benchmark."""
+"""The command line: latent-egc encode | train | sample | classify | info | export | convert | benchmark."""
 
 import argparse
 import json
@@ -85,6 +85,25 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
     export.add_argument("--push-to-hub", metavar="REPO", default=None, help="upload the folder to this repository")
 
+    convert = verb(
+        "convert",
+        "Write a checkpoint of another implementation as a pipeline of this one.",
+        "latent-egc convert --from-egc 256x256_EGC.pt imagenet256",
+    )
+    source = convert.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-egc", type=Path, metavar="FILE", help="the published EGC's U-Net, .pt or .safetensors")
+    convert.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
+    convert.add_argument(
+        "--autoencoder",
+        default="stabilityai/sd-vae-ft-mse",
+        help="whose latents the network was trained on, a Hub id or a folder (default stabilityai/sd-vae-ft-mse)",
+    )
+    convert.add_argument(
+        "--sample-size", type=positive_integer, default=32, help="height and width of the latents (default 32)"
+    )
+    convert.add_argument("--num-attention-heads", type=positive_integer, default=4, help="of every block (default 4)")
+    convert.add_argument("--class-names", type=Path, default=None, help="a text file, one class a line; default: ids")
+
     benchmark = verb(
         "benchmark",
         "Measure what the energy costs beside noise prediction and the published steps, on random data.",
@@ -128,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "classify": _classify,
         "info": _info,
         "export": _export,
+        "convert": _convert,
         "benchmark": _benchmark,
     }
     return _run(verbs[options.verb], options)
@@ -280,6 +300,21 @@ def _export(options: argparse.Namespace) -> None:
 
     export(options.run, options.folder, push_to_hub=options.push_to_hub)
     print(f"exported to {options.folder}" + (f" and {options.push_to_hub}" if options.push_to_hub else ""))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from latent_egc.convert import from_egc
+
+    names = options.class_names.read_text().splitlines() if options.class_names else None
+    from_egc(
+        options.from_egc,
+        options.folder,
+        autoencoder=options.autoencoder,
+        sample_size=options.sample_size,
+        num_attention_heads=options.num_attention_heads,
+        id2label=None if names is None else dict(enumerate(names)),
+    )
+    print(f"pipeline written: {options.folder}")
 
 
 def _benchmark(options: argparse.Namespace) -> None:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
-from latent_egc.models import EGCUNet, EnergyModel
+from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 
-BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet}
+BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet, "transformer": EGCTransformer}
 
 
 class ConfigError(ValueError):
@@ -104,6 +104,9 @@ class TrainingConfig:
     weight_decay: float = _within(0.0, 0.0)
     max_grad_norm: float | None = _within(1.0, 0.0)  # null: no clipping
     mixed_precision: Literal["no", "bf16"] = "no"
+    compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
+    activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
+    shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
     ema_decay: float = _within(
         0.9999, 0.0, 1.0
     )  # the bound; it is reached by diffusers' warm-up (1 + step) / (10 + step)
@@ -203,6 +206,11 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         for name in value.values() if isinstance(value, dict) else [value]:
             if name is not None and "://" not in name and "*" not in name and not Path(name).exists():
                 raise ConfigError(f"data.{key}: no such file or folder: {name}")
+    if config.training.compile and config.training.activation_checkpointing:
+        raise ConfigError(
+            "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "
+            "input gradient by torch.func.grad, which refuses the hooks that recomputation needs; set one to false"
+        )
     crop = config.data.random_resized_crop
     if crop is not None and crop[0] > crop[1]:
         raise ConfigError(f"data.random_resized_crop must be (smallest, largest) area, got {list(crop)}")

@@ -14,9 +14,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from latent_egc.config import BACKBONES, ConfigError
+from latent_egc.config import BACKBONES
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.run_folder import pipeline_folder, read_metrics, read_record, replace_folder
+from latent_egc.run_folder import check_unoccupied, pipeline_folder, read_metrics, read_record, replace_folder
 
 CARD = """\
 # {name}
@@ -63,8 +63,7 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
     """
     run, folder = Path(run), Path(folder)
     source = pipeline_folder(run)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"the export folder {folder} already holds something; choose another")
+    check_unoccupied(folder)
 
     def write(unfinished: Path) -> None:
         shutil.copytree(source, unfinished, dirs_exist_ok=True)

@@ -8,7 +8,8 @@ z_0' is another, stronger augmentation of the same image. Source: EGC (ICCV 2023
 classification_weight, 0.005 for ImageNet.
 """
 
-from typing import NamedTuple
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,3 +114,35 @@ class EGCObjective(nn.Module):
         classification_loss = (torch.cat([alpha, clean_alpha]) * cross_entropy).mean()
         loss = denoising_loss + self.classification_weight * classification_loss
         return EGCLosses(loss, denoising_loss, classification_loss)
+
+
+class CompiledForward:
+    """The forward of an objective, compiled whole: the loss, its input gradient, and the backward pass of both.
+
+    Assigned to `objective.forward`, so that no parameter changes its name and DDP may wrap the objective. Where the
+    compiler fails there is one warning, and the plain forward from then on.
+
+    Args:
+        objective: the objective; gradients come from the compiled step.
+        **options: to `torch.compile`, such as backend="aot_eager".
+    """
+
+    def __init__(self, objective: EGCObjective, **options: Any) -> None:
+        # DDP would have the graph split by its gradient buckets, and a part of it cannot be differentiated twice.
+        torch._dynamo.config.optimize_ddp = False
+        # A backward pass that does not compile shall be found by the forward, where there is something to fall back to.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+        self.plain = objective.forward
+        self.compiled = torch.compile(self.plain, fullgraph=True, dynamic=False, **options)
+
+    def __call__(self, *arguments: Any, **named_arguments: Any) -> EGCLosses:
+        """As `EGCObjective.forward`."""
+        try:
+            return self.compiled(*arguments, **named_arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self.compiled is self.plain:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"training.compile: the compiler failed, training goes on without it: {reason}", stacklevel=2)
+            self.compiled = self.plain
+            return self.plain(*arguments, **named_arguments)

@@ -92,6 +92,12 @@ def pipeline_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} holds no pipeline (model_index.json) and no run with a checkpoint")
 
 
+def check_unoccupied(folder: Path) -> None:
+    """Raises ConfigError where `folder` is a file or already holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} already holds something; choose another folder")
+
+
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a temporary folder beside `folder` and renames it, replacing an older one only then.
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -33,7 +34,7 @@ from latent_egc.data import (
 from latent_egc.figures import sample_rows, save_curves, save_grid
 from latent_egc.latent_cache import CachedViews, open_cache
 from latent_egc.models import EnergyModel
-from latent_egc.objective import EGCLosses, EGCObjective
+from latent_egc.objective import CompiledForward, EGCLosses, EGCObjective
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.pipelines.pipeline_egc import default_scheduler
 from latent_egc.run_folder import (
@@ -49,6 +50,9 @@ from latent_egc.run_folder import (
     write_record,
 )
 from latent_egc.validation import evaluate, validation_latents
+
+# What takes parameters apart, which an input gradient inside the forward pass does not survive.
+REFUSED_LAUNCHES = (DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -178,13 +182,13 @@ class Run:
         if self.vae is not None:
             self.vae.to(accelerator.device)
         objective = EGCObjective(self.model, config.objective.classification_weight, config.objective.label_smoothing)
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=training.learning_rate,
-            betas=training.adam_betas,
-            weight_decay=training.weight_decay,
-        )
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        if training.activation_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if training.compile:
+            objective.forward = CompiledForward(objective)
+        self.objective = accelerator.prepare(objective)
+        # Placed already, with the parameters; a sharded optimiser has no whole state to be placed.
+        self.optimizer = accelerator.prepare_optimizer(self._make_optimizer(), device_placement=False)
         self.ema = EMAModel(self.model.parameters(), decay=training.ema_decay)
         self.ema.to(accelerator.device)
         accelerator.register_for_checkpointing(self.ema)
@@ -195,6 +199,18 @@ class Run:
             self._load(checkpoint)
         if accelerator.is_main_process:
             self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.global_step)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; where asked for, and where there are several processes, each keeps a part of its state."""
+        training, parameters = self.config.training, self.model.parameters()
+        options = {
+            "lr": training.learning_rate,
+            "betas": training.adam_betas,
+            "weight_decay": training.weight_decay,
+        }
+        if training.shard_optimizer and self.accelerator.num_processes > 1:
+            return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, **options)
+        return torch.optim.AdamW(parameters, **options)
 
     def _load(self, checkpoint: Path) -> None:
         self.global_step = read_record(checkpoint).global_step
@@ -278,6 +294,8 @@ class Run:
         if results is not None:
             score = results.get("validation_accuracy", -results["validation_denoising_loss"])
         folder = self.folder / "checkpoints" / f"step-{self.global_step:08d}"
+        if isinstance(self.optimizer.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.optimizer.consolidate_state_dict(to=0)  # the main process writes the whole state
 
         def write(unfinished: Path) -> None:
             accelerator.save_state(str(unfinished / "state"))
@@ -320,6 +338,13 @@ def train(config: Config) -> Path:
         log_with=list(training.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
     )
+    if accelerator.distributed_type in REFUSED_LAUNCHES:
+        raise ConfigError(
+            f"this run was launched with {accelerator.distributed_type.value}, which takes parameters apart and "
+            "gathers them by hooks around one forward and one backward pass; the energy's input gradient is a "
+            "backward pass inside the forward, where those hooks do not fire. Launch it with plain multi-process "
+            "data parallelism; training.shard_optimizer=true and training.activation_checkpointing=true save memory"
+        )
     run = Run(config, accelerator)
     accelerator.init_trackers("latent-egc")
     parameters = sum(p.numel() for p in run.model.parameters())

@@ -20,6 +20,8 @@ from diffusers.pipelines import ImagePipelineOutput
 from diffusers.utils import BaseOutput, load_image
 from diffusers.utils.torch_utils import randn_tensor
 
+PIXELS_DECODED_AT_ONCE = 2**20  # 16 images of 256 px
+
 
 @dataclass
 class EGCClassificationOutput(BaseOutput):
@@ -279,6 +281,7 @@ class EGCPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        classifier_free_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -293,6 +296,8 @@ class EGCPipeline(DiffusionPipeline):
             num_inference_steps: scheduler steps, each one forward and one backward pass.
             guidance_scale: weight of the classifier's gradient; 0 = off (only with a class embedding), 1 = p(z | y),
                 more = sharper. None: the value stored with the pipeline.
+            classifier_free_scale: weight of the energy at the labels against the energy without them; 1 is the former
+                alone, more is classifier-free guidance. Needs a model with class embedding.
             generator: one for all images, or one an image (an image then does not depend on its batch).
             latents: (N, C, h, w) standard normal start; None: drawn from `generator`.
             output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (scaled latents).
@@ -316,6 +321,7 @@ class EGCPipeline(DiffusionPipeline):
             num_images_per_label,
             num_inference_steps,
             guidance_scale,
+            classifier_free_scale,
             generator,
             latents,
             output_type,
@@ -339,6 +345,7 @@ class EGCPipeline(DiffusionPipeline):
                     timestep,
                     labels,
                     guidance_scale=guidance_scale,
+                    classifier_free_scale=classifier_free_scale,
                 )
                 latents = self.scheduler.step(epsilon, timestep, latents, **step_kwargs).prev_sample
                 if callback_on_step_end is not None:
@@ -349,7 +356,10 @@ class EGCPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = latents
         else:
-            images = self.image_processor.postprocess(self.decode(latents).float(), output_type=output_type)
+            # In slices: an autoencoder's activations at full resolution are far larger than the images.
+            images_at_once = max(1, PIXELS_DECODED_AT_ONCE // self.image_size**2)
+            images = torch.cat([self.decode(part).float() for part in latents.split(images_at_once)])
+            images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -406,6 +416,7 @@ class EGCPipeline(DiffusionPipeline):
         num_images_per_label: int,
         num_inference_steps: int,
         guidance_scale: float,
+        classifier_free_scale: float,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -426,6 +437,12 @@ class EGCPipeline(DiffusionPipeline):
             raise ValueError(
                 "guidance_scale=0 would ignore class_labels: this model has no class embedding, only the classifier's "
                 "gradient sees a label"
+            )
+        if not math.isfinite(classifier_free_scale):
+            raise ValueError(f"classifier_free_scale must be finite, got {classifier_free_scale}")
+        if classifier_free_scale != 1 and (labels is None or not config.class_embedding):
+            raise ValueError(
+                f"classifier_free_scale={classifier_free_scale} needs class_labels and a model with class embedding"
             )
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"generator must be one or a list of {num_images}, got a list of {len(generator)}")

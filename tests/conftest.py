@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from latent_egc import EGCPipeline, EGCUNet
+from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
@@ -28,11 +28,32 @@ def tiny_unet(randomise: bool = True, **overrides) -> EGCUNet:
         "num_attention_heads": 2,
         "norm_num_groups": 4,
     } | overrides
-    model = EGCUNet(**config)
+    return _filled(EGCUNet(**config), randomise)
+
+
+def tiny_transformer(randomise: bool = True, **overrides) -> EGCTransformer:
+    """As `tiny_unet`, an EGCTransformer with all of its options; 4 tokens."""
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 4,
+        "in_channels": 2,
+        "num_classes": 3,
+        "width": 16,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "long_skips": True,
+    } | overrides
+    return _filled(EGCTransformer(**config), randomise)
+
+
+def _filled(model: EnergyModel, randomise: bool) -> EnergyModel:
     if randomise:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+TINY_BACKBONES = {"unet": tiny_unet, "transformer": tiny_transformer}
 
 
 def tiny_kl(latent_channels: int = 2, **overrides) -> AutoencoderKL:

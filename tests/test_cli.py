@@ -83,7 +83,7 @@ def fails(capsys, arguments: list, *parts: str) -> None:
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["encode", "train", "sample", "classify", "info", "export", "benchmark"])
+@pytest.mark.parametrize("verb", ["encode", "train", "sample", "classify", "info", "export", "convert", "benchmark"])
 def test_help_of_every_verb_holds_an_example(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
@@ -96,7 +96,7 @@ def test_help_lists_the_verbs(capsys):
         main(["--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("encode", "train", "sample", "classify", "info", "export"))
+    assert all(verb in out for verb in ("encode", "train", "sample", "classify", "info", "export", "convert"))
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_unet
+from conftest import TINY_BACKBONES, tiny_unet
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from latent_egc import EGCUNet
@@ -19,6 +19,12 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(params=TINY_BACKBONES)
+def tiny(request):
+    """Makes a tiny energy network of each backbone."""
+    return TINY_BACKBONES[request.param]
+
+
 def inputs(dtype=torch.float32, num_rows=3, size=4):
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(num_rows, 2, size, size, generator=generator, dtype=torch.float64).to(dtype)
@@ -29,8 +35,8 @@ def inputs(dtype=torch.float32, num_rows=3, size=4):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("guidance_scale", [0.0, 3.0])
-def test_epsilon_equals_finite_differences(variant, guidance_scale):
-    model = tiny_unet(**variant).double()
+def test_epsilon_equals_finite_differences(tiny, variant, guidance_scale):
+    model = tiny(**variant).double()
     latents, timesteps, labels = inputs(torch.float64)
     _, sigma = model.noise_levels(timesteps)
 
@@ -52,17 +58,17 @@ def test_epsilon_equals_finite_differences(variant, guidance_scale):
 
 
 @pytest.mark.parametrize("variant", [{"head": "map"}, {"head": "inner", "class_embedding": True}], ids=str)
-def test_gradgradcheck(variant):
-    model = tiny_unet(**variant).double()
-    latents, timesteps, labels = inputs(torch.float64, num_rows=1, size=2)
+def test_gradgradcheck(tiny, variant):
+    model = tiny(**variant).double()
+    latents, timesteps, labels = inputs(torch.float64, num_rows=1)
     latents.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda z: model(z, timesteps, labels).energy.sum(), latents, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", [{"head": "map"}, {"head": "inner"}], ids=str)
-def test_parameter_gradients_of_epsilon(variant):
+def test_parameter_gradients_of_epsilon(tiny, variant):
     """The second derivative that training needs: a random parameter direction against finite differences."""
-    model = tiny_unet(**variant).double()
+    model = tiny(**variant).double()
     latents, timesteps, _ = inputs(torch.float64)
 
     def loss():
@@ -82,8 +88,8 @@ def test_parameter_gradients_of_epsilon(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:4:3] + VARIANTS[4::3], ids=str)
-def test_guided_epsilon_is_the_sum_of_its_parts(variant):
-    model = tiny_unet(**variant).double()
+def test_guided_epsilon_is_the_sum_of_its_parts(tiny, variant):
+    model = tiny(**variant).double()
     latents, timesteps, labels = inputs(torch.float64)
     _, sigma = model.noise_levels(timesteps)
     z = latents.clone().requires_grad_()
@@ -122,9 +128,9 @@ def test_inner_head_of_a_linear_symmetric_field_gives_the_field(monkeypatch):
 
 
 @pytest.mark.parametrize("head", ["map", "inner"])
-def test_fresh_network_is_the_optimum_for_white_gaussian_data(head):
+def test_fresh_network_is_the_optimum_for_white_gaussian_data(tiny, head):
     """z_0 ~ N(0, I) has z_t ~ N(0, I) and the optimal epsilon sigma_t z; its logits say nothing."""
-    model = tiny_unet(randomise=False, head=head, gaussian_part=True)
+    model = tiny(randomise=False, head=head, gaussian_part=True)
     latents, timesteps, labels = inputs()
     _, sigma = model.noise_levels(timesteps)
     epsilon, output = model.epsilon_and_output(latents, timesteps, labels, guidance_scale=1.0)
@@ -142,13 +148,13 @@ def test_attention_pool_by_hand():
 
 
 @pytest.mark.parametrize("variant", [{"head": "map"}, {"head": "inner", "class_embedding": True}], ids=str)
-def test_epsilon_under_no_grad_and_inference_mode(variant):
-    model = tiny_unet(**variant)
+def test_epsilon_under_no_grad_and_inference_mode(tiny, variant):
+    model = tiny(**variant)
     latents, timesteps, labels = inputs()
     expected = model.epsilon(latents, timesteps, labels, guidance_scale=2.0)
     assert expected.requires_grad
     # Inference mode first: what it leaves behind must not harm what follows.
-    fresh = tiny_unet(**variant)
+    fresh = tiny(**variant)
     for context in (torch.inference_mode, torch.no_grad):
         with context():
             epsilon = fresh.epsilon(latents, timesteps, labels, guidance_scale=2.0)
@@ -158,9 +164,9 @@ def test_epsilon_under_no_grad_and_inference_mode(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:5:4], ids=str)
-def test_half_precision(variant):
+def test_half_precision(tiny, variant):
     """bf16 weights, and autocast: energy and logits in float32, epsilon in the latents' type, all near float32's."""
-    model = tiny_unet(**variant)
+    model = tiny(**variant)
     latents, timesteps, labels = inputs()
     with torch.no_grad():
         expected, output = model.epsilon_and_output(latents, timesteps, labels)
@@ -176,8 +182,8 @@ def test_half_precision(variant):
         assert (result.energy - output.energy).norm() < 0.1 * output.energy.norm()
 
 
-def test_float64_is_never_downcast():
-    model = tiny_unet().double()
+def test_float64_is_never_downcast(tiny):
+    model = tiny().double()
     latents, timesteps, _ = inputs(torch.float64)
     epsilon, output = model.epsilon_and_output(latents, timesteps)
     assert epsilon.dtype == output.energy.dtype == output.logits.dtype == torch.float64
@@ -210,9 +216,9 @@ def test_float_timesteps_interpolate_log_sigma_as_diffusers():
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:5:4], ids=str)
-def test_rows_do_not_see_each_other(variant):
+def test_rows_do_not_see_each_other(tiny, variant):
     """Batch size 1 gives what the same row gives in a batch."""
-    model = tiny_unet(**variant).double()
+    model = tiny(**variant).double()
     latents, timesteps, labels = inputs(torch.float64)
     together, output = model.epsilon_and_output(latents, timesteps, labels, guidance_scale=1.0)
     for i in range(3):
@@ -223,8 +229,8 @@ def test_rows_do_not_see_each_other(variant):
 
 
 @pytest.mark.parametrize("head", ["map", "inner"])
-def test_class_embedding_moves_the_energy_but_not_the_logits(head):
-    model = tiny_unet(head=head, class_embedding=True).double()
+def test_class_embedding_moves_the_energy_but_not_the_logits(tiny, head):
+    model = tiny(head=head, class_embedding=True).double()
     latents, timesteps, labels = inputs(torch.float64)
     null, conditional = model(latents, timesteps), model(latents, timesteps, labels)
     torch.testing.assert_close(null.logits, conditional.logits)
@@ -239,15 +245,28 @@ def test_class_embedding_moves_the_energy_but_not_the_logits(head):
     torch.testing.assert_close(guided, model.epsilon(latents, timesteps, labels) + difference)
 
 
-def test_labels_are_ignored_without_an_embedding():
-    model = tiny_unet()
+@pytest.mark.parametrize("head", ["map", "inner"])
+def test_classifier_free_guidance_is_the_difference_of_two_passes(tiny, head):
+    model = tiny(head=head, class_embedding=True).double()
+    latents, timesteps, labels = inputs(torch.float64)
+    null, conditional = model.epsilon(latents, timesteps), model.epsilon(latents, timesteps, labels)
+    classifier = model.epsilon(latents, timesteps, guidance_labels=labels, guidance_scale=2.0) - null
+    for scale in (0.0, 1.0, 3.5):
+        found = model.epsilon(latents, timesteps, labels, classifier_free_scale=scale)
+        torch.testing.assert_close(found, null + scale * (conditional - null))
+        both = model.epsilon(latents, timesteps, labels, classifier_free_scale=scale, guidance_scale=2.0)
+        torch.testing.assert_close(both, found + classifier)
+
+
+def test_labels_are_ignored_without_an_embedding(tiny):
+    model = tiny()
     latents, timesteps, labels = inputs()
     torch.testing.assert_close(model(latents, timesteps).energy, model(latents, timesteps, labels).energy)
 
 
 @pytest.mark.parametrize("variant", [{"head": "map", "energy_channels": 5}, {"head": "inner"}], ids=str)
-def test_unlabelled_model(variant):
-    model = tiny_unet(num_classes=None, **variant)
+def test_unlabelled_model(tiny, variant):
+    model = tiny(num_classes=None, **variant)
     latents, timesteps, labels = inputs()
     output = model(latents, timesteps)
     assert output.logits is None
@@ -327,10 +346,11 @@ def test_bad_config_names_the_field(config, message):
         ({"class_labels": torch.tensor([0, 1])}, r"class_labels must be \(3,\) int64"),
         ({"guidance_labels": torch.tensor([0, 1, -1]), "guidance_scale": 1.0}, "guidance_labels"),
         ({"class_labels": None, "guidance_scale": 1.0}, "guidance_labels"),
+        ({"class_labels": None, "classifier_free_scale": 2.0}, "classifier_free_scale=2.0 needs class_labels"),
     ],
 )
-def test_bad_input_names_the_argument(change, message):
+def test_bad_input_names_the_argument(tiny, change, message):
     latents, timesteps, labels = inputs()
     arguments = {"noisy_latents": latents, "timesteps": timesteps, "class_labels": labels} | change
     with pytest.raises(ValueError, match=message):
-        tiny_unet(class_embedding=True).epsilon(**arguments)
+        tiny(class_embedding=True).epsilon(**arguments)

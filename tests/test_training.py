@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
 from latent_egc import EGCPipeline
 from latent_egc.config import ConfigError, TrainingConfig, parse_config
@@ -86,14 +88,14 @@ def evaluations(folder):
     return [row for row in read_metrics(folder / "metrics.jsonl") if "validation_denoising_loss" in row]
 
 
-def start(config_values, *overrides, launcher=()):
+def start(config_values, *overrides, launcher=(), environment=None):
     """train.py in a process of its own, one thread each so that sums are in the same order everywhere."""
     folder = config_values["output_dir"]
     config_file = f"{folder}.yaml"
     with open(config_file, "w") as file:
         yaml.safe_dump(config_values, file)
     command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), config_file, *overrides]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -198,13 +200,16 @@ def test_two_processes_train_as_one(tmp_path):
         assert row == pytest.approx(other, rel=1e-3)
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    """On randomly filled weights, so that every parameter has a gradient; both losses active, some labels -1."""
+@pytest.mark.parametrize(
+    ("backbone", "mode"), [("unet", "plain"), ("transformer", "compiled"), ("transformer", "checkpointed")]
+)
+def test_two_processes_give_the_gradients_of_one(tmp_path, backbone, mode):
+    """In several buckets, every parameter with a gradient, both losses active, some labels -1; one process is plain."""
     script = str(ROOT / "tests" / "ddp_gradients.py")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512"]
-    for launcher, processes in ((torchrun, 2), ([sys.executable], 1)):
-        command = [*launcher, script, str(tmp_path / f"{processes}.pt"), str(processes)]
+    for launcher, processes, step in ((torchrun, 2, mode), ([sys.executable], 1, "plain")):
+        command = [*launcher, script, str(tmp_path / f"{processes}.pt"), str(processes), backbone, step]
         subprocess.run(command, env=environment, check=True)
     two, one = (torch.load(tmp_path / f"{processes}.pt") for processes in (2, 1))
     assert one.abs().max() > 0
@@ -406,3 +411,80 @@ def test_corrupt_training_image_is_named_or_skipped_and_counted(tmp_path):
     folder = train(parse_config(values))
     counts = [row["num_skipped_images"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert counts[-1] >= 1
+
+
+def weights_of(folder):
+    """The averaged weights of a run's newest checkpoint."""
+    return load_file(checkpoint_folders(folder)[-1] / "pipeline/energy_model/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("option", ["compile", "activation_checkpointing"])
+def test_fast_and_frugal_steps_train_the_same_network(tmp_path, option):
+    """With the average, a resume in the middle, and the same names in the checkpoint."""
+    train(run_config(tmp_path / "plain"))
+    settings = {option: True, "checkpoint_every": 2}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(tmp_path / "other", **settings))
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "step-00000004")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(tmp_path / "other", **settings, resume="auto"))
+    for step, values in losses(tmp_path / "plain").items():
+        assert losses(tmp_path / "other")[step] == pytest.approx(values, rel=1e-4)
+    plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "other")
+    assert plain.keys() == other.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+    state = load_file(checkpoint_folders(tmp_path / "other")[-1] / "state" / "model.safetensors")
+    assert {name.removeprefix("energy_model.") for name in state} == set(plain)
+
+
+def test_compiled_step_in_bf16(tmp_path):
+    train(run_config(tmp_path / "plain", max_steps=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(tmp_path / "bf16", max_steps=2, compile=True, mixed_precision="bf16"))
+    for step, values in losses(tmp_path / "plain").items():
+        assert losses(tmp_path / "bf16")[step][:3] == pytest.approx(values[:3], rel=2e-2)
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_run_goes_on(tmp_path):
+    values = run_values(tmp_path / "run", compile=True)
+    environment = {
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+    }
+    output = finish(start(values, environment=environment))
+    assert output.count("training.compile: the compiler failed, training goes on without it") == 1
+    assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}
+
+
+def test_compile_and_checkpointing_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match=r"torch\.func\.grad, which refuses the hooks"):
+        run_config(tmp_path, compile=True, activation_checkpointing=True)
+
+
+def test_sharded_optimiser_trains_the_same_network_and_resumes_anywhere(tmp_path):
+    """Two processes with half of the state each; their checkpoint goes on in one process with all of it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513"]
+    finish(start(run_values(tmp_path / "one", train_batch_size=8, lr_schedule="constant")))
+    settings = {"shard_optimizer": True, "max_steps": 2, "lr_schedule": "constant"}
+    two = run_values(tmp_path / "two", train_batch_size=4, **settings)
+    finish(start(two, launcher=torchrun))
+    finish(start(two, "training.max_steps=3", "training.resume=auto", launcher=torchrun))
+    alone = ("training.max_steps=4", "training.resume=auto", "training.train_batch_size=8")
+    finish(start(two, *alone))
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert expected.keys() == found.keys()
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4), step
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    process = start(run_values(tmp_path / "run"), launcher=torchrun, environment=environment)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "this run was launched with FSDP" in output
+    assert "training.shard_optimizer=true" in output
+    assert not (tmp_path / "run").exists()

@@ -4,19 +4,23 @@
     log p_t(z, y)       = -energy(z, t) / sigma_t + log_softmax(logits(z, t))[y] + const(t)
     epsilon(z, t)       = grad_z energy(z, t) = -sigma_t * score
     guided epsilon(z,y) = grad_z [ energy(z, t) - w * sigma_t * log_softmax(logits(z, t))[y] ]
+    classifier-free:      grad_z [ (1 - s) * energy(z, t) + s * energy(z, t, c) ], with a class embedding that sees c
 
 Summing the joint over y leaves exp(-energy / sigma_t): the label is marginalised by construction, and w = 1 samples
 p(z | y) exactly. Source: Guo et al., "EGC: Image Generation and Classification via a Diffusion Energy-Based Model",
 ICCV 2023 (arXiv 2304.02012).
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.utils import BaseOutput
+from torch import nn
 
 
 @dataclass
@@ -107,8 +111,20 @@ class EnergyModel(ModelMixin, ConfigMixin):
     """What every backbone shares: the noise schedule, the energy and logits of its output, and their derivatives.
 
     A backbone registers the config fields of `EGCUNet`'s first block (sample_size ... beta_schedule), calls
-    `check_energy_config` and implements `network`.
+    `check_energy_config`, runs its blocks through `run_block` and implements `network`.
     """
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing`
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """See `ConfigMixin.load_config`. Refuses another backbone's folder, which would load as random weights."""
+        loaded = super().load_config(*arguments, **options)
+        saved_as = (loaded[0] if isinstance(loaded, tuple) else loaded).get("_class_name", cls.__name__)
+        if saved_as != cls.__name__:
+            raise ValueError(f"this folder holds an {saved_as}, it cannot be loaded as an {cls.__name__}")
+        return loaded
 
     def network(
         self,
@@ -131,6 +147,13 @@ class EnergyModel(ModelMixin, ConfigMixin):
             or None without classes.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement network()")
+
+    def run_block(self, block: nn.Module, *inputs: Any, twice_differentiable: bool) -> torch.Tensor:
+        """A block's output; with activation checkpointing, what training must keep of it is recomputed when needed."""
+        block = functools.partial(block, twice_differentiable=twice_differentiable)
+        if self.gradient_checkpointing and twice_differentiable:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
     def check_energy_config(self) -> int | None:
         """Checks the fields that every backbone shares; returns E, the map head's channels (None for head "inner").
@@ -223,7 +246,9 @@ class EnergyModel(ModelMixin, ConfigMixin):
         timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
         levels = self.noise_levels(timesteps)
         twice_differentiable = torch.is_grad_enabled() and noisy_latents.requires_grad
-        energy, logits = self._energy_and_logits(noisy_latents, timesteps, class_labels, levels, twice_differentiable)
+        energy, _, logits = self._energies_and_logits(
+            noisy_latents, timesteps, class_labels, levels, twice_differentiable
+        )
         return EnergyOutput(energy=energy, logits=logits)
 
     def epsilon(
@@ -234,6 +259,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         *,
         guidance_labels: torch.Tensor | None = None,
         guidance_scale: float = 0.0,
+        classifier_free_scale: float = 1.0,
     ) -> torch.Tensor:
         """Noise prediction: the gradient of the energy, guided by the classifier in the same backward pass.
 
@@ -243,13 +269,16 @@ class EnergyModel(ModelMixin, ConfigMixin):
             class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without one.
             guidance_labels: (N,) int64 in [0, K), the y of log p(y | z_t). None: `class_labels`.
             guidance_scale: weight w of sigma_t * grad log p(y | z_t); 0 is unguided, 1 samples p(z | y) exactly.
+            classifier_free_scale: weight s of the energy at `class_labels` against the energy at the null label; 1 is
+                the former alone, more is classifier-free guidance. Needs a class embedding, and takes no extra pass.
 
         Returns:
             (N, C, h, w), the dtype of `noisy_latents`. Differentiable by the parameters where gradients are on; works
             under `torch.no_grad()` and `torch.inference_mode()`.
 
         Raises:
-            ValueError: a shape, label or timestep does not fit this model, or guidance without labels or classes.
+            ValueError: a shape, label or timestep does not fit this model, or guidance without labels, classes or
+                class embedding.
 
         Source: EGC (ICCV 2023), class-conditional score, times -sigma_t.
         """
@@ -259,6 +288,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             class_labels,
             guidance_labels=guidance_labels,
             guidance_scale=guidance_scale,
+            classifier_free_scale=classifier_free_scale,
         )
         return epsilon
 
@@ -270,76 +300,83 @@ class EnergyModel(ModelMixin, ConfigMixin):
         *,
         guidance_labels: torch.Tensor | None = None,
         guidance_scale: float = 0.0,
+        classifier_free_scale: float = 1.0,
     ) -> tuple[torch.Tensor, EnergyOutput]:
         """`epsilon`, with the energy and logits of the forward pass that it differentiated. Arguments as there."""
         timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
         if guidance_scale != 0:
             guidance_labels = class_labels if guidance_labels is None else guidance_labels
             self._check_guidance(guidance_labels, len(noisy_latents))
+        if classifier_free_scale != 1 and (class_labels is None or not self.config.class_embedding):
+            raise ValueError(
+                f"classifier_free_scale={classifier_free_scale} needs class_labels and a model with class_embedding"
+            )
         alpha, sigma = self.noise_levels(timesteps)
         twice_differentiable = torch.is_grad_enabled()
 
         def potential(latents: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-            energy, logits = self._energy_and_logits(
+            energy, null_energy, logits = self._energies_and_logits(
                 latents, timesteps, class_labels, (alpha, sigma), twice_differentiable
             )
             total = energy
+            if classifier_free_scale != 1:
+                total = null_energy + classifier_free_scale * (energy - null_energy)
             if guidance_scale != 0:
                 log_p_y = F.log_softmax(logits, dim=-1).gather(1, guidance_labels[:, None]).squeeze(1)
-                total = energy - guidance_scale * sigma * log_p_y
+                total = total - guidance_scale * sigma * log_p_y
             # Rows do not see each other, so the gradient of the sum is every row's own gradient.
             return total.sum(), (energy,) if logits is None else (energy, logits)
 
-        # torch.func.grad rather than autograd.grad: it also works under no_grad and inference_mode, and compiles.
-        epsilon, output = torch.func.grad(potential, has_aux=True)(noisy_latents)
+        if self.gradient_checkpointing and twice_differentiable:
+            # Recomputation hooks into the tensors that autograd saves, which torch.func refuses.
+            if not noisy_latents.requires_grad:
+                noisy_latents = noisy_latents.detach().requires_grad_()
+            total, output = potential(noisy_latents)
+            (epsilon,) = torch.autograd.grad(total, noisy_latents, create_graph=True)
+        else:
+            # torch.func.grad also works under no_grad and inference_mode, and compiles.
+            epsilon, output = torch.func.grad(potential, has_aux=True)(noisy_latents)
         return epsilon, EnergyOutput(*output)
 
-    def _energy_and_logits(
+    def _energies_and_logits(
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
         class_labels: torch.Tensor | None,
         noise_levels: tuple[torch.Tensor, torch.Tensor],
         twice_differentiable: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """energy (N,) at the labels and logits (N, K) at the null label, from one pass over N or 2N rows."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One pass over N or 2N rows: energy (N,) at the labels, energy (N,) and logits (N, K) at the null label."""
         config, num_rows = self.config, len(noisy_latents)
-        inputs, input_timesteps, input_labels = noisy_latents, timesteps, None
-        conditional = config.class_embedding and class_labels is not None
-        if conditional:
-            # The energy sees the label, the classifier must not: both as one batch of 2N rows.
-            inputs = torch.cat([noisy_latents, noisy_latents])
-            input_timesteps = torch.cat([timesteps, timesteps])
-            input_labels = torch.cat([class_labels, torch.full_like(class_labels, -1)])
-        elif config.class_embedding:
-            input_labels = torch.full((num_rows,), -1, dtype=torch.long, device=noisy_latents.device)
-        output, logits = self.network(inputs, input_timesteps, input_labels, twice_differentiable=twice_differentiable)
-
         alpha, sigma = noise_levels
-        latents = at_least_float32(noisy_latents)
+        latents, labels = noisy_latents, None
+        if config.class_embedding:
+            labels = torch.full((num_rows,), -1, dtype=torch.long, device=latents.device)
+            if class_labels is not None:
+                # The energy sees the label, the classifier must not: both as one batch of 2N rows.
+                labels = torch.cat([class_labels, labels])
+                latents, timesteps, alpha, sigma = (torch.cat([x, x]) for x in (latents, timesteps, alpha, sigma))
+        output, logits = self.network(latents, timesteps, labels, twice_differentiable=twice_differentiable)
+
+        latents = at_least_float32(latents)
         # Autocast would run the head's matrix products in half precision again.
-        with without_autocast(noisy_latents):
+        with without_autocast(latents):
             output = at_least_float32(output)
-            own_output = output[:num_rows]  # the rows that saw the labels
+            log_evidence = None
             if config.head == "map":
-                network_energy = -own_output.logsumexp(dim=1).sum(dim=(1, 2))
+                energy = -output.logsumexp(dim=1).sum(dim=(1, 2))
                 if config.num_classes is not None:
                     logits = attention_pool(output[-num_rows:])
-                log_evidence = None
             else:
-                network_energy = (latents * own_output).sum(dim=(1, 2, 3)) / 2
-                log_evidence = None
+                energy = (latents * output).sum(dim=(1, 2, 3)) / 2
                 if logits is not None:
                     logits = at_least_float32(logits)
-                    log_evidence = logits[:num_rows].logsumexp(dim=1)
-                    logits = logits[-num_rows:]
+                    log_evidence, logits = logits.logsumexp(dim=1), logits[-num_rows:]
             if config.gaussian_part:
-                energy = sigma * latents.square().sum(dim=(1, 2, 3)) / 2 + alpha * network_energy
-            else:
-                energy = network_energy
+                energy = sigma * latents.square().sum(dim=(1, 2, 3)) / 2 + alpha * energy
             if log_evidence is not None:
                 energy = energy - sigma * log_evidence
-        return energy, logits
+        return energy[:num_rows], energy[-num_rows:], logits
 
     # --- input checks -----------------------------------------------------------------------------------------------
 
@@ -370,6 +407,17 @@ class EnergyModel(ModelMixin, ConfigMixin):
         if config.class_embedding and class_labels is not None:
             self.check_labels("class_labels", class_labels, num_rows, lowest=-1)
         return timesteps
+
+    def _feature_inputs(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Checked timesteps (N,) and what the class embedding sees: the labels, the null label, or None without one."""
+        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
+        if not self.config.class_embedding:
+            return timesteps, None
+        if class_labels is None:
+            class_labels = torch.full((len(noisy_latents),), -1, dtype=torch.long, device=noisy_latents.device)
+        return timesteps, class_labels
 
     def _check_guidance(self, guidance_labels: torch.Tensor | None, num_rows: int) -> None:
         if self.config.num_classes is None:

@@ -270,11 +270,7 @@ class EGCUNet(EnergyModel):
         Raises:
             ValueError: a shape, label or timestep does not fit this model.
         """
-        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
-        if not self.config.class_embedding:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.full((len(noisy_latents),), -1, dtype=torch.long, device=noisy_latents.device)
+        timesteps, class_labels = self._feature_inputs(noisy_latents, timesteps, class_labels)
         features: dict[str, torch.Tensor] = {}
         twice_differentiable = torch.is_grad_enabled() and noisy_latents.requires_grad
         self._trunk(noisy_latents, timesteps, class_labels, twice_differentiable, features)
@@ -291,7 +287,9 @@ class EGCUNet(EnergyModel):
         """The network up to its output layers, (N, D, h, w); fills `features` where it is a dict."""
 
         def run(name: str, block: UNetBlock, hidden: torch.Tensor) -> torch.Tensor:
-            hidden = block(hidden, time_embedding, class_token, twice_differentiable=twice_differentiable)
+            hidden = self.run_block(
+                block, hidden, time_embedding, class_token, twice_differentiable=twice_differentiable
+            )
             if features is not None:
                 features[name] = hidden
             return hidden
