@@ -112,10 +112,11 @@ def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
         step()
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
     torch.cuda.synchronize(device)
-    start.record()
+    start.record(stream)
     step()
-    end.record()
+    end.record(stream)
     torch.cuda.synchronize(device)
     return start.elapsed_time(end) / 1000
 
