@@ -92,17 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = convert.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-egc", type=Path, metavar="FILE", help="the published EGC's U-Net, .pt or .safetensors")
+    source.add_argument(
+        "--from-dit", metavar="SOURCE", help="a diffusers DiT to go on training from: a Hub id or a folder"
+    )
     convert.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
     convert.add_argument(
         "--autoencoder",
-        default="stabilityai/sd-vae-ft-mse",
-        help="whose latents the network was trained on, a Hub id or a folder (default stabilityai/sd-vae-ft-mse)",
+        default=None,
+        help="whose latents the network was trained on, a Hub id or a folder (default stabilityai/sd-vae-ft-mse; for "
+        "--from-dit the repository's own)",
     )
-    convert.add_argument(
-        "--sample-size", type=positive_integer, default=32, help="height and width of the latents (default 32)"
-    )
-    convert.add_argument("--num-attention-heads", type=positive_integer, default=4, help="of every block (default 4)")
-    convert.add_argument("--class-names", type=Path, default=None, help="a text file, one class a line; default: ids")
+    only_egc = convert.add_argument_group("what the file of --from-egc does not say")
+    only_egc.add_argument("--sample-size", type=positive_integer, help="height and width of the latents (default 32)")
+    only_egc.add_argument("--num-attention-heads", type=positive_integer, help="of every block (default 4)")
+    only_egc.add_argument("--class-names", type=Path, help="a text file, one class a line; default: ids")
 
     benchmark = verb(
         "benchmark",
@@ -303,17 +306,19 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from latent_egc.convert import from_egc
+    from latent_egc.convert import from_dit, from_egc
 
-    names = options.class_names.read_text().splitlines() if options.class_names else None
-    from_egc(
-        options.from_egc,
-        options.folder,
-        autoencoder=options.autoencoder,
-        sample_size=options.sample_size,
-        num_attention_heads=options.num_attention_heads,
-        id2label=None if names is None else dict(enumerate(names)),
-    )
+    names = ("autoencoder", "sample_size", "num_attention_heads", "class_names")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.from_dit is not None:
+        others = [f"--{name.replace('_', '-')}" for name in given if name != "autoencoder"]
+        if others:
+            raise ValueError(f"--from-dit reads from its source what {', '.join(others)} would say; leave it out")
+        from_dit(options.from_dit, options.folder, **given)
+    else:
+        if "class_names" in given:
+            given["id2label"] = dict(enumerate(given.pop("class_names").read_text().splitlines()))
+        from_egc(options.from_egc, options.folder, **given)
     print(f"pipeline written: {options.folder}")
 
 

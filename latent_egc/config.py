@@ -36,6 +36,7 @@ class ModelConfig:
 
     backbone: str
     arguments: Mapping[str, Any]
+    init_from: str | None = None  # a pipeline's or network's folder, a run's, or a Hub id: weights to start from
 
     def build(self) -> EnergyModel:
         """A freshly initialised network.
@@ -148,7 +149,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default included, in the form that `parse_config` reads."""
         values = dataclasses.asdict(self)
-        values["model"] = {"backbone": self.model.backbone, **self.model.arguments}
+        model = self.model
+        values["model"] = {"backbone": model.backbone, "init_from": model.init_from, **model.arguments}
         return _plain(values)
 
     def save(self, path: str | Path) -> None:
@@ -196,9 +198,9 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     if "model" not in values:
         raise ConfigError("model is missing: the section that describes the energy network")
     config = _parse_dataclass(Config, values, "")
-    path = config.autoencoder.path
-    if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
-        raise ConfigError(f"autoencoder.path: no such folder: {path}")
+    for key, path in (("autoencoder.path", config.autoencoder.path), ("model.init_from", config.model.init_from)):
+        if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+            raise ConfigError(f"{key}: no such folder: {path}")
     for key in ("data_dir", "data_files"):
         if "/" in config.data.dataset:  # then they are relative to that folder or Hub repository
             break
@@ -231,10 +233,10 @@ def _parse_model(values: Any, prefix: str) -> ModelConfig:
         raise ConfigError(f"{prefix}.backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     # The constructor is the one list of a backbone's fields.
     parameters = [p for p in inspect.signature(BACKBONES[backbone].__init__).parameters.values() if p.name != "self"]
-    fields = {p.name: (p.annotation, None) for p in parameters}
+    fields = {p.name: (p.annotation, None) for p in parameters} | {"init_from": (str | None, None)}
     given = {key: value for key, value in values.items() if key != "backbone"}
     arguments = {p.name: p.default for p in parameters} | _parse_fields(fields, given, prefix)
-    return ModelConfig(backbone, arguments)
+    return ModelConfig(backbone, init_from=arguments.pop("init_from", None), arguments=arguments)
 
 
 def _parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: str) -> dict[str, Any]:

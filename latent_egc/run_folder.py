@@ -21,6 +21,7 @@ from latent_egc.config import Config, ConfigError
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = {
+    "init_from",
     "num_workers",
     "max_steps",
     "log_every",
@@ -163,7 +164,7 @@ def prepare_run_folder(config: Config) -> Path | None:
         now = config.to_dict()
         for section in ("model", "autoencoder"):
             for key in now[section]:
-                if before[section].get(key) != now[section][key]:
+                if key not in MAY_CHANGE and before[section].get(key) != now[section][key]:
                     raise ConfigError(
                         f"training.resume: {section}.{key} was {before[section].get(key)!r} in {run}, now it is "
                         f"{now[section][key]!r}"

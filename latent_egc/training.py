@@ -50,6 +50,7 @@ from latent_egc.run_folder import (
     write_record,
 )
 from latent_egc.validation import evaluate, validation_latents
+from latent_egc.warm_start import load_initial_weights
 
 # What takes parameters apart, which an input gradient inside the forward pass does not survive.
 REFUSED_LAUNCHES = (DistributedType.FSDP, DistributedType.MEGATRON_LM)
@@ -169,6 +170,8 @@ class Run:
         self.vae = load_autoencoder(config.autoencoder)
         set_seed(training.seed)
         self.model = build_model(config, self.vae)
+        if config.model.init_from is not None:
+            load_initial_weights(self.model, config.model.init_from)
         self.views, validation_rows, self.class_names, self.data_source = build_data(config, self.vae)
 
         # Nothing is written, and no earlier run is touched, before everything above has been found usable.

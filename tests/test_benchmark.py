@@ -14,7 +14,6 @@ from latent_egc import benchmark as benchmark_module
 from latent_egc.benchmark import (
     attention_step,
     benchmark,
-    checkpointed_step,
     chunked_step,
     classification,
     classifier_free_step,
@@ -29,6 +28,7 @@ from latent_egc.benchmark import (
     sampling_pairs,
     two_pass_guided_step,
     variant_pairs,
+    with_checkpointing,
 )
 from latent_egc.cli import main
 from latent_egc.config import ConfigError, parse_config
@@ -131,12 +131,17 @@ def test_noise_predictor_has_the_energys_trunk(work):
     assert all(gradient.isfinite().all() for gradient in noise_prediction_step(work))
 
 
-@pytest.mark.parametrize("step", [checkpointed_step, lambda work: chunked_step(work, 1)])
-def test_variants_have_the_gradients_of_the_plain_step_and_leave_no_trace(work, step):
-    usual = attention.CHUNKED_FROM_TOKENS
-    assert_same_gradients(step(work), full_step(work, work.objective))
-    assert usual == attention.CHUNKED_FROM_TOKENS
+def test_checkpointed_step_has_the_gradients_of_the_plain_one(work):
+    checkpointed = with_checkpointing(work)
+    assert checkpointed.model.gradient_checkpointing
     assert not work.model.gradient_checkpointing
+    assert_same_gradients(full_step(checkpointed, checkpointed.objective), full_step(work, work.objective))
+
+
+def test_chunked_step_has_the_gradients_of_the_plain_one_and_leaves_no_trace(work):
+    usual = attention.CHUNKED_FROM_TOKENS
+    assert_same_gradients(chunked_step(work, 1), full_step(work, work.objective))
+    assert usual == attention.CHUNKED_FROM_TOKENS
 
 
 def test_two_pass_guidance_is_the_guided_epsilon(work):

@@ -186,7 +186,11 @@ def test_resolved_config_is_valid_input_and_equal(tmp_path):
     again = load_config(tmp_path / "saved.yaml")
     assert isinstance(again, Config)
     assert again == config
-    assert set(yaml.safe_load((tmp_path / "saved.yaml").read_text())["model"]) == {"backbone", *config.model.arguments}
+    assert set(yaml.safe_load((tmp_path / "saved.yaml").read_text())["model"]) == {
+        "backbone",
+        "init_from",
+        *config.model.arguments,
+    }
 
 
 @pytest.mark.parametrize(
