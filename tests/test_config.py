@@ -174,6 +174,12 @@ def test_yaml_1_1_spellings(write):
     assert (training.learning_rate, training.mixed_precision, training.weight_decay) == (1e-4, "no", 1e-2)
 
 
+def test_label_fraction_is_a_share():
+    assert parse_config({"model": MODEL}).data.label_fraction == 1.0
+    for fraction in (0.0, -0.1, 1.5):
+        refused({"data": {"label_fraction": fraction}}, "data.label_fraction must be in", str(fraction))
+
+
 def test_resolved_config_is_valid_input_and_equal(tmp_path):
     config = parse_config(
         {
