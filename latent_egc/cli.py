@@ -1,4 +1,4 @@
-"""The command line: latent-egc encode | train | sample | classify | info | export | convert."""
+"""The command line: latent-egc encode | train | sample | classify | info | export | convert | benchmark."""
 
 import argparse
 import json
@@ -106,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     only_egc.add_argument("--sample-size", type=positive_integer, help="height and width of the latents (default 32)")
     only_egc.add_argument("--num-attention-heads", type=positive_integer, help="of every block (default 4)")
     only_egc.add_argument("--class-names", type=Path, help="a text file, one class a line; default: ids")
+
+    benchmark = verb(
+        "benchmark",
+        "Measure what the energy costs beside noise prediction and the published steps, on random data.",
+        "latent-egc benchmark configs/digits.yaml training.train_batch_size=16 --repeats 10",
+    )
+    _add_config_arguments(benchmark)
+    benchmark.add_argument("--repeats", type=positive_integer, default=20, help="timings of each step (default 20)")
+    benchmark.add_argument("--device", default=None, help="cpu or cuda; default: an accelerator if there is one")
+    benchmark.add_argument(
+        "--output", type=Path, default=Path("benchmark.json"), help="file for all numbers (default benchmark.json)"
+    )
     return parser
 
 
@@ -139,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "info": _info,
         "export": _export,
         "convert": _convert,
+        "benchmark": _benchmark,
     }
     return _run(verbs[options.verb], options)
 
@@ -307,6 +320,17 @@ def _convert(options: argparse.Namespace) -> None:
             given["id2label"] = dict(enumerate(given.pop("class_names").read_text().splitlines()))
         from_egc(options.from_egc, options.folder, **given)
     print(f"pipeline written: {options.folder}")
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from latent_egc.benchmark import benchmark
+    from latent_egc.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes
+    report = benchmark(config, options.repeats, _device(options.device))
+    print(report)
+    options.output.write_text(json.dumps(report.to_dict(), indent=1))
 
 
 if __name__ == "__main__":

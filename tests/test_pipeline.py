@@ -19,6 +19,7 @@ from diffusers import (
 from PIL import Image
 
 from latent_egc import EGCPipeline, EGCUNet
+from latent_egc.pipelines import pipeline_egc
 from latent_egc.pipelines.pipeline_egc import default_scheduler, preprocess_images
 
 
@@ -151,6 +152,59 @@ def test_label_conditioning_classifier_and_classifier_free_guidance_are_separate
     assert all(not torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i])
     with pytest.raises(ValueError, match="guidance_scale=0 with classifier_free_scale=0 would ignore class_labels"):
         pipeline(labels, guidance_scale=0.0, classifier_free_scale=0.0)
+
+
+def test_classifier_free_guidance():
+    pipeline = tiny_pipeline(class_embedding=True)
+    images = sample(pipeline, "cat", guidance_scale=0.0, classifier_free_scale=3.0)
+    assert not torch.equal(images, sample(pipeline, "cat", guidance_scale=0.0))
+    # Without the labels' energy what remains is the classifier's gradient on the null label's energy.
+    mixed = sample(pipeline, "cat", classifier_free_scale=0.0, output_type="latent")
+    assert not torch.allclose(mixed, sample(pipeline, "cat", output_type="latent"))
+    with pytest.raises(ValueError, match=r"classifier_free_scale=2\.0 needs class_labels"):
+        sample(tiny_pipeline(), "cat", classifier_free_scale=2.0)
+    with pytest.raises(ValueError, match="classifier_free_scale must be finite"):
+        sample(pipeline, "cat", classifier_free_scale=float("nan"))
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_a_guided_step_is_one_forward_pass(monkeypatch, scale):
+    rows = []
+    pipeline = tiny_pipeline(class_embedding=True)
+    network = pipeline.energy_model.network
+
+    def counted(latents, *arguments, **options):
+        rows.append(len(latents))
+        return network(latents, *arguments, **options)
+
+    monkeypatch.setattr(pipeline.energy_model, "network", counted)
+    sample(pipeline, ["cat", "dog"], guidance_scale=scale, classifier_free_scale=1.5)
+    assert rows == [4, 4, 4]  # 2N rows in each of the three steps
+
+
+def test_images_are_decoded_in_slices(monkeypatch):
+    pipeline, sizes = tiny_pipeline(), []
+    whole = sample(pipeline, "cat", num_images_per_label=5)
+    decode = pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
+    monkeypatch.setattr(pipeline_egc, "PIXELS_DECODED_AT_ONCE", 2 * 8 * 8)
+    torch.testing.assert_close(sample(pipeline, "cat", num_images_per_label=5), whole)
+    assert sizes == [2, 2, 1]
+
+
+def test_compiled_epsilon_samples_the_same():
+    """As the README says to compile it; without graph breaks, traced operations only, for speed of this test."""
+    pipeline = tiny_pipeline()
+    expected = sample(pipeline, ["cat", "dog"])
+    pipeline.energy_model.epsilon = torch.compile(pipeline.energy_model.epsilon, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(sample(pipeline, ["cat", "dog"]), expected, atol=1e-4, rtol=0)
+
+
+def test_channels_last_samples_the_same():
+    pipeline = tiny_pipeline()
+    expected = sample(pipeline, ["cat", "dog"])
+    pipeline.energy_model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(sample(pipeline, ["cat", "dog"]), expected, atol=1e-4, rtol=0)
 
 
 def test_output_types():

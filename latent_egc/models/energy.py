@@ -149,9 +149,9 @@ class EnergyModel(ModelMixin, ConfigMixin):
         raise NotImplementedError(f"{type(self).__name__} must implement network()")
 
     def run_block(self, block: nn.Module, *inputs: Any, twice_differentiable: bool) -> torch.Tensor:
-        """A block's output; with activation checkpointing, what training must keep of it is recomputed when needed."""
+        """A block's output; with activation checkpointing, what training would keep of it is recomputed when needed."""
         block = functools.partial(block, twice_differentiable=twice_differentiable)
-        if self.gradient_checkpointing and twice_differentiable:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
@@ -337,15 +337,18 @@ class EnergyModel(ModelMixin, ConfigMixin):
             # Rows do not see each other, so the gradient of the sum is every row's own gradient.
             return total.sum(), (energy, logits) if with_logits and logits is not None else (energy,)
 
-        if self.gradient_checkpointing and twice_differentiable:
-            # Recomputation hooks into the tensors that autograd saves, which torch.func refuses.
-            if not noisy_latents.requires_grad:
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            # The one form that compiles, and that inference mode does not switch off.
+            epsilon, output = torch.func.grad(potential, has_aux=True)(noisy_latents)
+            return epsilon, EnergyOutput(*output)
+        # Elsewhere autograd: the same gradient, without the graph of the gradient where nobody will ask for it.
+        with torch.enable_grad():
+            if not (twice_differentiable and noisy_latents.requires_grad):
                 noisy_latents = noisy_latents.detach().requires_grad_()
             total, output = potential(noisy_latents)
-            (epsilon,) = torch.autograd.grad(total, noisy_latents, create_graph=True)
-        else:
-            # torch.func.grad also works under no_grad and inference_mode, and compiles.
-            epsilon, output = torch.func.grad(potential, has_aux=True)(noisy_latents)
+            (epsilon,) = torch.autograd.grad(total, noisy_latents, create_graph=twice_differentiable)
+        if not twice_differentiable:
+            output = tuple(tensor.detach() for tensor in output)
         return epsilon, EnergyOutput(*output)
 
     def _energies_and_logits(
