@@ -73,6 +73,7 @@ class DataConfig:
     validation_fraction: float = _within(0.2, 0.0, 0.9)
     image_column: str | None = None  # null: found by type or name
     label_column: str | None = None
+    label_fraction: float = _within(1.0, 1e-6, 1.0)  # share of the training labels kept, of every class at least one
     image_size: int = _within(32, 1)  # pixels, height and width
     horizontal_flip: bool = False
     random_resized_crop: tuple[float, float] | None = _within((0.5, 1.0), 0.01, 1.0)  # area share, clean branch only

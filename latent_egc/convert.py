@@ -142,9 +142,8 @@ def from_dit(source: str | Path, folder: str | Path, *, autoencoder: str | None 
 
     The energy is <z, h> / 2 - sigma_t * logsumexp(logits), with the DiT's noise output as the field h. What is kept:
     `network(...)[0]`, h itself, is the DiT's output for every label and for the null label. What is not: epsilon, the
-    energy's gradient, equals h only where h is linear and symmetric in z, which a trained network is roughly at best,
-    and the logits, which a DiT has not, are uniform. So neither samples nor classes of the unchanged result mean much.
-    Go on from it with `model.init_from: FOLDER` in a run's configuration.
+    energy's gradient, equals h only where h is linear and symmetric in z; and the logits, which a DiT has not, start
+    uniform. So train it before it samples or classifies: `model.init_from: FOLDER` in a run's configuration.
 
     Learned-variance channels are dropped. The noise schedule is the repository's scheduler's.
 

@@ -22,7 +22,7 @@ from latent_egc.config import ConfigError, DataConfig
 from latent_egc.pipelines.pipeline_egc import load_rgb, preprocess_images
 
 # What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
-ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE = range(5)
+ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE, KEPT_LABELS = range(6)
 
 IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "fine_label")
@@ -240,6 +240,25 @@ def _hold_out(
     return halves["train"], halves["test"]
 
 
+def keep_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Hides labels: of each class the given share, rounded, but at least one label is kept.
+
+    Args:
+        labels: (M,) int64; -1 = unlabelled, which stays so.
+        fraction: in (0, 1].
+        seed: which ones are kept; with the same seed a smaller share is a part of a larger one.
+
+    Returns:
+        (M,) int64, -1 in the place of a hidden label.
+    """
+    kept = np.full_like(labels, -1)
+    for label in np.unique(labels[labels >= 0]):
+        (rows,) = np.nonzero(labels == label)
+        rows = random_stream(seed, KEPT_LABELS, int(label)).permutation(rows)
+        kept[rows[: max(1, round(fraction * len(rows)))]] = label
+    return kept
+
+
 # --- views of an image ----------------------------------------------------------------------------------------------
 
 
@@ -352,12 +371,13 @@ class PixelViews(Dataset):
 
     Args:
         table: the train split.
-        config: sizes and augmentation.
+        config: sizes, augmentation and the share of labels to keep.
         seed: the run's.
     """
 
     def __init__(self, table: ImageTable, config: DataConfig, seed: int) -> None:
         self.table, self.config, self.seed = table, config, seed
+        self.labels = keep_labels(table.labels, config.label_fraction, seed)
         self.stream = SampleStream(len(table), seed)
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
@@ -377,7 +397,7 @@ class PixelViews(Dataset):
         return {
             "view": central_view(image, self.config.image_size, flipped),
             "clean_view": clean_view(image, self.config, rng),
-            "class_labels": torch.tensor(self.table.labels[index]),
+            "class_labels": torch.tensor(self.labels[index]),
             "num_skipped": torch.tensor(num_skipped),
         }
 

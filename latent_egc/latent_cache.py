@@ -36,6 +36,7 @@ from latent_egc.data import (
     Splits,
     central_view,
     clean_view,
+    keep_labels,
     load_splits,
     random_stream,
 )
@@ -216,10 +217,17 @@ def open_cache(config: Config, vae: ModelMixin) -> LatentCache:
 
 
 class CachedViews(Dataset):
-    """Two cached views of each sample's image, for the noisy and the clean branch: moments."""
+    """Two cached views of each sample's image, for the noisy and the clean branch: moments.
 
-    def __init__(self, rows: datasets.Dataset, seed: int) -> None:
+    Args:
+        rows: the train split of a cache.
+        seed: the run's.
+        label_fraction: the share of labels to keep.
+    """
+
+    def __init__(self, rows: datasets.Dataset, seed: int, label_fraction: float = 1.0) -> None:
         self.rows, self.seed = rows, seed
+        self.labels = keep_labels(np.asarray(rows["label"]), label_fraction, seed)
         self.stream = SampleStream(len(rows), seed)
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
@@ -229,7 +237,8 @@ class CachedViews(Dataset):
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
         """One item for each sample."""
         # One read for the whole batch: row by row, finding and unpacking them takes longer than the rest.
-        rows = self.rows[[self.stream.image_index(sample) for sample in samples]]
+        indices = [self.stream.image_index(sample) for sample in samples]
+        rows = self.rows[indices]
         items = []
         for i, sample in enumerate(samples):
             rng = random_stream(self.seed, AUGMENTATION, sample)
@@ -238,7 +247,7 @@ class CachedViews(Dataset):
                 {
                     "view": torch.from_numpy(view.astype(np.float32)),
                     "clean_view": torch.from_numpy(clean.astype(np.float32)),
-                    "class_labels": torch.tensor(int(rows["label"][i])),
+                    "class_labels": torch.tensor(self.labels[indices[i]]),
                     "num_skipped": torch.tensor(0),
                 }
             )

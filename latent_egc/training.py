@@ -96,7 +96,7 @@ def build_data(config: Config, vae: ModelMixin | None) -> tuple[Any, ImageTable 
     if config.data.latent_cache is not None:
         cache = open_cache(config, vae)
         source = f"the latent cache {config.data.latent_cache} ({len(cache.train)} + {len(cache.validation)} images)"
-        return CachedViews(cache.train, seed), cache.validation, cache.class_names, source
+        return CachedViews(cache.train, seed, config.data.label_fraction), cache.validation, cache.class_names, source
     splits = load_splits(config.data, config.model.arguments["num_classes"])
     encoder = "as they are" if vae is None else f"encoded by {type(vae).__name__} at every step"
     source = f"pixels of {config.data.dataset} ({len(splits.train)} + {len(splits.validation)} images), {encoder}"

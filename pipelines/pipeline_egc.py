@@ -290,6 +290,13 @@ class EGCPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Samples images.
 
+        With a class embedding, three things can bring in a label, each with a scale of its own: the energy that sees it
+        (`classifier_free_scale` 1), classifier-free guidance (more than 1) and the classifier's gradient
+        (`guidance_scale`). Whichever are used, a step is one forward and one backward pass. The published procedure, on
+        such a model, is the energy at the label with the gradient of the classifier at the null label:
+
+            pipeline([207, 360], num_inference_steps=100, guidance_scale=6.0)  # the default scheduler is DDIM
+
         Args:
             class_labels: ids or names, one or many; None samples from p(z), without guidance.
             num_images_per_label: images for each label, in the labels' order; without labels, images in all.
@@ -297,7 +304,7 @@ class EGCPipeline(DiffusionPipeline):
             guidance_scale: weight of the classifier's gradient; 0 = off (only with a class embedding), 1 = p(z | y),
                 more = sharper. None: the value stored with the pipeline.
             classifier_free_scale: weight of the energy at the labels against the energy without them; 1 is the former
-                alone, more is classifier-free guidance. Needs a model with class embedding.
+                alone, more is classifier-free guidance, 0 the latter alone. Needs a model with class embedding.
             generator: one for all images, or one an image (an image then does not depend on its batch).
             latents: (N, C, h, w) standard normal start; None: drawn from `generator`.
             output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (scaled latents).
@@ -310,7 +317,8 @@ class EGCPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an unknown label or name, a label that would be ignored (guidance_scale 0 without class
-                embedding), guidance without labels, or another argument out of range; by name.
+                embedding or with classifier_free_scale 0), guidance without labels, or another argument out of range;
+                by name.
         """
         labels = self.label_ids(class_labels)
         if guidance_scale is None:
@@ -438,6 +446,8 @@ class EGCPipeline(DiffusionPipeline):
                 "guidance_scale=0 would ignore class_labels: this model has no class embedding, only the classifier's "
                 "gradient sees a label"
             )
+        if labels is not None and guidance_scale == 0 and classifier_free_scale == 0:
+            raise ValueError("guidance_scale=0 with classifier_free_scale=0 would ignore class_labels")
         if not math.isfinite(classifier_free_scale):
             raise ValueError(f"classifier_free_scale must be finite, got {classifier_free_scale}")
         if classifier_free_scale != 1 and (labels is None or not config.class_embedding):

@@ -1,5 +1,6 @@
 """Images, labels, splits, views, and the training stream."""
 
+import dataclasses
 import io
 from itertools import chain
 
@@ -19,6 +20,7 @@ from latent_egc.data import (
     TrainingSamples,
     central_view,
     clean_view,
+    keep_labels,
     load_splits,
     read_image,
     sample_draws,
@@ -147,6 +149,29 @@ def test_missing_labels_become_minus_one(tmp_path, labels, feature):
     tables = (splits.train, splits.validation)
     found = {grey(table, i): int(table.labels[i]) for table in tables for i in range(len(table))}
     assert [found[i] for i in range(10)] == [0, 1, -1, 1, 0] * 2
+
+
+def test_kept_labels_are_stratified_seeded_and_nested():
+    labels = np.array([0] * 40 + [1] * 20 + [2] * 3 + [-1] * 10)
+    kept = {fraction: keep_labels(labels, fraction, seed=3) for fraction in (1.0, 0.5, 0.1)}
+    assert np.array_equal(kept[1.0], labels)
+    for fraction, counts in ((0.5, (20, 10, 2)), (0.1, (4, 2, 1))):  # of every class at least one
+        found = kept[fraction]
+        assert tuple(int((found == label).sum()) for label in range(3)) == counts
+        assert ((found == labels) | (found == -1)).all()
+    assert ((kept[0.1] == -1) | (kept[0.5] >= 0)).all()
+    assert np.array_equal(kept[0.5], keep_labels(labels, 0.5, seed=3))
+    assert not np.array_equal(kept[0.5], keep_labels(labels, 0.5, seed=4))
+    assert (keep_labels(np.full(5, -1), 0.5, seed=0) == -1).all()
+
+
+def test_label_fraction_hides_training_labels_only(tmp_path):
+    config = dataclasses.replace(write_folder(tmp_path), label_fraction=0.5, validation_fraction=0.2)
+    splits = load_splits(config, 2)
+    views = PixelViews(splits.train, config, seed=1)
+    labels = [int(views[sample]["class_labels"]) for sample in range(16)]  # two epochs of 8 images
+    assert sorted(labels) == [-1] * 8 + [0] * 4 + [1] * 4
+    assert (splits.validation.labels >= 0).all()
 
 
 def test_label_out_of_range_names_the_row_of_the_file(tmp_path):

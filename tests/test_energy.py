@@ -258,6 +258,40 @@ def test_classifier_free_guidance_is_the_difference_of_two_passes(tiny, head):
         torch.testing.assert_close(both, found + classifier)
 
 
+def count_rows(model, monkeypatch) -> list[int]:
+    """The rows of each forward pass of `model` from now on."""
+    rows, network = [], model.network
+
+    def counting(noisy_latents, *arguments, **options):
+        rows.append(len(noisy_latents))
+        return network(noisy_latents, *arguments, **options)
+
+    monkeypatch.setattr(model, "network", counting)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("scales", "passes"),
+    [
+        ({}, [3]),  # the energy at the label alone
+        ({"guidance_scale": 2.0}, [6]),  # the classifier does not see the label that the energy sees
+        ({"classifier_free_scale": 3.0}, [6]),
+        ({"guidance_scale": 2.0, "classifier_free_scale": 3.0}, [6]),
+        ({"guidance_scale": 2.0, "classifier_free_scale": 0.0}, [3]),  # the classifier alone
+    ],
+)
+@pytest.mark.parametrize("head", ["map", "inner"])
+def test_epsilon_is_one_pass_of_the_rows_it_needs(tiny, head, scales, passes, monkeypatch):
+    model = tiny(head=head, class_embedding=True)
+    latents, timesteps, labels = inputs()
+    with torch.no_grad():
+        expected, output = model.epsilon_and_output(latents, timesteps, labels, **scales)
+        rows = count_rows(model, monkeypatch)
+        torch.testing.assert_close(model.epsilon(latents, timesteps, labels, **scales), expected)
+    assert rows == passes
+    assert output.logits.shape == (3, 3)
+
+
 def test_labels_are_ignored_without_an_embedding(tiny):
     model = tiny()
     latents, timesteps, labels = inputs()

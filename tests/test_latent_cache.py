@@ -17,6 +17,7 @@ from latent_egc.autoencoders import encode_moments, load_autoencoder
 from latent_egc.config import Config, ConfigError, parse_config
 from latent_egc.data import CACHED_VIEW, CorruptImageError, central_view, clean_view, load_splits, random_stream
 from latent_egc.latent_cache import CachedViews, encode, open_cache
+from latent_egc.training import build_data
 
 MODEL = {
     "sample_size": 4,
@@ -138,6 +139,21 @@ def test_unlabelled(config):
     assert set(opened(unlabelled).train["label"][:].tolist()) == {-1}
     with pytest.raises(ConfigError, match="labelled: the cache has False, this run True"):
         opened(config)
+
+
+def test_label_fraction_needs_no_other_cache(config):
+    """The cache keeps every label; the views hide the same ones as views of pixels do."""
+    encode(config)
+    partly = with_data(config, label_fraction=0.4)
+    cache = opened(partly)
+    vae = load_autoencoder(config.autoencoder)
+    views = build_data(partly, vae)[0]
+    pixel_views = build_data(with_data(partly, latent_cache=None), vae)[0]
+    labels = [int(item["class_labels"]) for item in views.__getitems__(list(range(10)))]
+    assert labels == [int(pixel_views[sample]["class_labels"]) for sample in range(10)]
+    assert sorted(labels) == [-1] * 6 + [0, 0, 1, 1]
+    assert sorted(cache.train["label"][:]) == [0] * 5 + [1] * 5
+    assert sorted(cache.validation["label"][:]) == [0, 1]
 
 
 def test_encoding_again_touches_nothing(config):

@@ -131,6 +131,29 @@ def test_default_guidance_and_no_guidance():
     assert sample(conditional, "cat", guidance_scale=0.0).shape == (1, 3, 8, 8)
 
 
+def test_label_conditioning_classifier_and_classifier_free_guidance_are_separate_scales():
+    """What the call samples is epsilon with the same scales, one pass a step; the published procedure is among them."""
+    pipeline = tiny_pipeline(class_embedding=True)
+    model, latents, labels = pipeline.energy_model, torch.randn(2, 2, 4, 4), torch.tensor([1, 2])
+    found = []
+    for scales in (
+        {"guidance_scale": 0.0},
+        {"guidance_scale": 6.0},  # the published procedure
+        {"guidance_scale": 0.0, "classifier_free_scale": 3.0},
+        {"guidance_scale": 6.0, "classifier_free_scale": 0.0},
+    ):
+        result = pipeline(labels, num_inference_steps=1, latents=latents, output_type="latent", **scales).images
+        timestep = pipeline.scheduler.timesteps[0]
+        with torch.no_grad():
+            epsilon = model.epsilon(latents, timestep, labels, **scales)
+        expected = pipeline.scheduler.step(epsilon, timestep, latents).prev_sample
+        torch.testing.assert_close(result, expected)
+        found.append(result)
+    assert all(not torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i])
+    with pytest.raises(ValueError, match="guidance_scale=0 with classifier_free_scale=0 would ignore class_labels"):
+        pipeline(labels, guidance_scale=0.0, classifier_free_scale=0.0)
+
+
 def test_classifier_free_guidance():
     pipeline = tiny_pipeline(class_embedding=True)
     images = sample(pipeline, "cat", guidance_scale=0.0, classifier_free_scale=3.0)

@@ -17,16 +17,21 @@ from latent_egc.training import train
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 NUM_IMAGES = 6
 
-# Widths that a smoke test has time for, where a recipe names the field.
+# Sizes that a smoke test has time for, where a recipe names the field.
 SMALL = {
-    "layers_per_block": 1,
-    "class_embedding_dim": 4,
-    "num_attention_heads": 1,
-    "attention_head_dim": 4,
-    "energy_channels": 3,
+    "unet": {
+        "layers_per_block": 1,
+        "class_embedding_dim": 4,
+        "num_attention_heads": 1,
+        "attention_head_dim": 4,
+        "energy_channels": 3,
+        "norm_num_groups": 2,
+    },
+    "transformer": {"width": 8, "num_layers": 2, "num_attention_heads": 1},
 }
 SMOKE = (
     "training.max_steps=2",
+    "training.compile=false",
     "training.train_batch_size=1",
     "training.gradient_accumulation_steps=1",
     "training.num_evaluation_samples=1",
@@ -89,10 +94,12 @@ def test_recipe_dry_runs(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(recipe, tmp_path):
-    named = yaml.safe_load(recipe.read_text())["model"]
-    small = SMALL | {"block_out_channels": [4] * len(named["block_out_channels"])}
-    overrides = [f"model.{name}={value}" for name, value in small.items() if named.get(name) is not None]
-    config = load_config(recipe, [*stand_ins(recipe, tmp_path), *overrides, "model.norm_num_groups=2", *SMOKE])
+    named = load_config(recipe, ["autoencoder.path=null", "data.data_files=null"]).model
+    small = dict(SMALL[named.backbone])
+    if named.backbone == "unet":
+        small["block_out_channels"] = [4] * len(named.arguments["block_out_channels"])
+    overrides = [f"model.{name}={value}" for name, value in small.items() if named.arguments[name] is not None]
+    config = load_config(recipe, [*stand_ins(recipe, tmp_path), *overrides, *SMOKE])
     run = train(config)
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
     assert losses

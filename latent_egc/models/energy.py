@@ -273,11 +273,12 @@ class EnergyModel(ModelMixin, ConfigMixin):
             guidance_labels: (N,) int64 in [0, K), the y of log p(y | z_t). None: `class_labels`.
             guidance_scale: weight w of sigma_t * grad log p(y | z_t); 0 is unguided, 1 samples p(z | y) exactly.
             classifier_free_scale: weight s of the energy at `class_labels` against the energy at the null label; 1 is
-                the former alone, more is classifier-free guidance. Needs a class embedding, and takes no extra pass.
+                the former alone, more is classifier-free guidance, 0 the latter alone. Needs a class embedding.
 
         Returns:
             (N, C, h, w), the dtype of `noisy_latents`. Differentiable by the parameters where gradients are on; works
-            under `torch.no_grad()` and `torch.inference_mode()`.
+            under `torch.no_grad()` and `torch.inference_mode()`. Whatever the scales, this is one forward and one
+            backward pass: of 2N rows where both `class_labels` and the null label have to be seen, else of N.
 
         Raises:
             ValueError: a shape, label or timestep does not fit this model, or guidance without labels, classes or
@@ -292,6 +293,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             guidance_labels=guidance_labels,
             guidance_scale=guidance_scale,
             classifier_free_scale=classifier_free_scale,
+            with_logits=False,
         )
         return epsilon
 
@@ -304,8 +306,13 @@ class EnergyModel(ModelMixin, ConfigMixin):
         guidance_labels: torch.Tensor | None = None,
         guidance_scale: float = 0.0,
         classifier_free_scale: float = 1.0,
+        with_logits: bool = True,
     ) -> tuple[torch.Tensor, EnergyOutput]:
-        """`epsilon`, with the energy and logits of the forward pass that it differentiated. Arguments as there."""
+        """`epsilon`, with the energy and logits of the forward pass that it differentiated. Arguments as there.
+
+        Without `with_logits` the logits are None, and a model with a class embedding sees the null label only where the
+        scales ask for it.
+        """
         timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
         if guidance_scale != 0:
             guidance_labels = class_labels if guidance_labels is None else guidance_labels
@@ -314,12 +321,15 @@ class EnergyModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"classifier_free_scale={classifier_free_scale} needs class_labels and a model with class_embedding"
             )
+        if classifier_free_scale == 0:
+            class_labels = None
+        with_null_label = with_logits or guidance_scale != 0 or classifier_free_scale != 1
         alpha, sigma = self.noise_levels(timesteps)
         twice_differentiable = torch.is_grad_enabled()
 
         def potential(latents: torch.Tensor) -> tuple[torch.Tensor, tuple]:
             energy, null_energy, logits = self._energies_and_logits(
-                latents, timesteps, class_labels, (alpha, sigma), twice_differentiable
+                latents, timesteps, class_labels, (alpha, sigma), twice_differentiable, with_null_label
             )
             total = energy
             if classifier_free_scale != 1:
@@ -328,7 +338,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
                 log_p_y = F.log_softmax(logits, dim=-1).gather(1, guidance_labels[:, None]).squeeze(1)
                 total = total - guidance_scale * sigma * log_p_y
             # Rows do not see each other, so the gradient of the sum is every row's own gradient.
-            return total.sum(), (energy,) if logits is None else (energy, logits)
+            return total.sum(), (energy, logits) if with_logits and logits is not None else (energy,)
 
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             # The one form that compiles, and that inference mode does not switch off.
@@ -355,14 +365,20 @@ class EnergyModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None,
         noise_levels: tuple[torch.Tensor, torch.Tensor],
         twice_differentiable: bool,
+        with_null_label: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One pass over N or 2N rows: energy (N,) at the labels, energy (N,) and logits (N, K) at the null label."""
+        """One pass over N or 2N rows: energy (N,) at the labels, energy (N,) and logits (N, K) at the null label.
+
+        `with_null_label` False saves the latter's rows where labels are given; then only the first result counts.
+        """
         config, num_rows = self.config, len(noisy_latents)
         alpha, sigma = noise_levels
         latents, labels = noisy_latents, None
         if config.class_embedding:
             labels = torch.full((num_rows,), -1, dtype=torch.long, device=latents.device)
-            if class_labels is not None:
+            if class_labels is not None and not with_null_label:
+                labels = class_labels
+            elif class_labels is not None:
                 # The energy sees the label, the classifier must not: both as one batch of 2N rows.
                 labels = torch.cat([class_labels, labels])
                 latents, timesteps, alpha, sigma = (torch.cat([x, x]) for x in (latents, timesteps, alpha, sigma))
