@@ -212,7 +212,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     if config.training.compile and config.training.activation_checkpointing:
         raise ConfigError(
             "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "
-            "input gradient by torch.func.grad, which refuses the hooks that recomputation needs; set one to false"
+            "input gradient by torch.func.grad, and recomputation belongs to autograd's; set one to false"
         )
     crop = config.data.random_resized_crop
     if crop is not None and crop[0] > crop[1]:

@@ -52,8 +52,18 @@ from latent_egc.run_folder import (
 from latent_egc.validation import evaluate, validation_latents
 from latent_egc.warm_start import load_initial_weights
 
-# What takes parameters apart, which an input gradient inside the forward pass does not survive.
-REFUSED_LAUNCHES = (DistributedType.FSDP, DistributedType.MEGATRON_LM)
+TAKES_PARAMETERS_APART = (
+    "it takes parameters apart and gathers them around one forward and one backward pass; the energy's input gradient "
+    "is a backward pass inside the forward, after which they are in parts again"
+)
+# How Accelerate can launch what this loop cannot run -> why.
+REFUSED_LAUNCHES = {
+    DistributedType.FSDP: TAKES_PARAMETERS_APART,
+    DistributedType.MEGATRON_LM: TAKES_PARAMETERS_APART,
+    DistributedType.DEEPSPEED: (
+        "its engine steps the optimiser inside the backward pass, before a loss that is not finite can be caught"
+    ),
+}
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -343,10 +353,9 @@ def train(config: Config) -> Path:
     )
     if accelerator.distributed_type in REFUSED_LAUNCHES:
         raise ConfigError(
-            f"this run was launched with {accelerator.distributed_type.value}, which takes parameters apart and "
-            "gathers them by hooks around one forward and one backward pass; the energy's input gradient is a "
-            "backward pass inside the forward, where those hooks do not fire. Launch it with plain multi-process "
-            "data parallelism; training.shard_optimizer=true and training.activation_checkpointing=true save memory"
+            f"this run was launched with {accelerator.distributed_type.value}: "
+            f"{REFUSED_LAUNCHES[accelerator.distributed_type]}. Launch it with plain multi-process data parallelism; "
+            "training.shard_optimizer=true and training.activation_checkpointing=true save memory"
         )
     run = Run(config, accelerator)
     accelerator.init_trackers("latent-egc")
