@@ -83,7 +83,7 @@ def fails(capsys, arguments: list, *parts: str) -> None:
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["encode", "train", "sample", "classify", "info", "export", "convert"])
+@pytest.mark.parametrize("verb", ["encode", "train", "sample", "classify", "evaluate", "info", "export", "convert"])
 def test_help_of_every_verb_holds_an_example(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])

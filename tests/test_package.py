@@ -12,7 +12,7 @@ from conftest import ROOT
 LAYERS = [
     {"models", "pipelines"},
     {"config", "autoencoders", "data", "objective"},
-    {"latent_cache", "validation", "figures", "run_folder", "hub", "convert"},
+    {"latent_cache", "validation", "figures", "run_folder", "hub", "convert", "evaluation"},
     {"training"},
     {"cli"},
 ]
