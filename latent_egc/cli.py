@@ -147,6 +147,13 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=None, help="the report's folder (default: evaluation, in the run's folder)"
     )
     parser.add_argument(
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="EXTRACTOR",
+        help="of the suite generation: TorchScript files, or DINOv2 of transformers; the same as generation.features",
+    )
+    parser.add_argument(
         "--set",
         nargs="+",
         default=[],
@@ -303,7 +310,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"evaluate needs more packages ({error}): pip install 'latent-egc[eval]'") from error
 
-    settings = parse_settings(options.set)
+    features = [f"generation.features={json.dumps(options.features)}"] if options.features else []
+    settings = parse_settings([*features, *options.set])
     own_config = Path(options.pipeline) / "config.yaml"
     if options.data is None and not own_config.is_file():
         raise ConfigError(

@@ -258,6 +258,9 @@ def test_command_line(tmp_path, capsys, evaluation_context):
     assert main([*arguments, "--set", *FAST]) == 0
     assert "NLL (nats), as trained" in capsys.readouterr().out
     assert (tmp_path / "run" / "evaluation" / "report.html").exists()
+    extractor = ["--suite", "generation", "--features", "none.pt", "other.pt"]
+    assert main([*arguments, *extractor]) == 2
+    assert "generation.features: no such weights file: none.pt" in capsys.readouterr().err
     (tmp_path / "nodata.yaml").write_text("model: {}")
     assert main([*arguments, "--data", str(tmp_path / "nodata.yaml")]) == 2
     assert "has no data section" in capsys.readouterr().err

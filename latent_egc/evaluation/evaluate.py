@@ -16,6 +16,7 @@ from latent_egc.config import ConfigError, DataConfig
 from latent_egc.evaluation.calibration import evaluate_calibration
 from latent_egc.evaluation.classification import evaluate_classification
 from latent_egc.evaluation.context import EvaluationContext
+from latent_egc.evaluation.generation import evaluate_generation
 from latent_egc.evaluation.report import Report
 from latent_egc.evaluation.results import SuiteResult
 from latent_egc.evaluation.settings import EvaluationSettings
@@ -24,6 +25,7 @@ from latent_egc.pipelines import EGCPipeline
 SUITES: dict[str, Callable[[EvaluationContext], SuiteResult]] = {
     "classification": evaluate_classification,
     "calibration": evaluate_calibration,
+    "generation": evaluate_generation,
 }
 PACKAGES = ("latent-egc", "torch", "diffusers", "accelerate", "numpy", "scipy", "scikit-learn", "torchmetrics")
 

@@ -27,6 +27,21 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
+class GenerationSettings:
+    """Samples against the training split."""
+
+    features: tuple[str, ...] = ()  # extractors: TorchScript files, or DINOv2 of transformers (Hub id or folder)
+    judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
+    num_samples: int = within(1000, 5)
+    num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
+    num_judge_images: int = within(1000, 10)  # training images for the linear judge
+    num_inference_steps: int = within(50, 1)
+    guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
+    kid_subsets: int = within(100, 1)
+    kid_subset_size: int = within(1000, 2)
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """One evaluation."""
 
@@ -36,6 +51,7 @@ class EvaluationSettings:
     num_resamples: int = within(1000, 10)  # of the bootstrap behind each confidence interval
     classification: ClassificationSettings = ClassificationSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    generation: GenerationSettings = GenerationSettings()
 
     def of_suite(self, suite: str) -> dict[str, Any]:
         """The plain values that one suite's result depends on: those of every suite, and its own section."""
