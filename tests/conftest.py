@@ -12,8 +12,6 @@ from PIL import Image
 
 from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.config import DataConfig
-from latent_egc.evaluation import parse_settings
-from latent_egc.evaluation.context import EvaluationContext
 from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
@@ -112,10 +110,14 @@ def write_images(folder: Path, classes=("cat", "cow", "dog"), per_class: int = 7
 @pytest.fixture
 def evaluation_context(tmp_path, monkeypatch):
     """A function: settings as overrides, and options of `tiny_pipeline` -> an EvaluationContext on 7 images."""
+    # Only here: tests of the other parts shall not need the packages of the extra `eval`.
+    from latent_egc.evaluation import parse_settings
+    from latent_egc.evaluation.context import EvaluationContext
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     data = write_images(tmp_path / "images")
 
-    def make(*overrides: str, **options) -> EvaluationContext:
+    def make(*overrides: str, **options):
         pipeline = tiny_pipeline(names=("cat", "cow", "dog"), **options)
         return EvaluationContext(
             pipeline, data, parse_settings(["num_resamples=20", *overrides]), Accelerator(cpu=True)
