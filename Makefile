@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed
 
 # Sums over several threads depend on their number, and the tests start processes of their own: one thread each.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: latent-egc encode | train | sample | classify | info | export | convert | benchmark."""
+"""The command line: latent-egc encode | train | sample | classify | evaluate | info | export | convert | benchmark."""
 
 import argparse
 import json
@@ -73,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
 
+    evaluate = verb(
+        "evaluate",
+        "Measure a pipeline on a dataset's validation split, suite by suite, into one report.",
+        "latent-egc evaluate runs/quickstart --suite classification,calibration --set num_images=200",
+    )
+    _add_evaluate_arguments(evaluate)
+
     info = verb("info", "Say what a pipeline holds.", "latent-egc info runs/quickstart")
     info.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
 
@@ -140,6 +147,36 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="CONFIG",
+        help="a YAML file with a data section, a training config for example; default: the run's own config.yaml",
+    )
+    parser.add_argument(
+        "--suite", default="classification,calibration", help="one or more, with commas (default %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=None, help="the report's folder (default: evaluation, in the run's folder)"
+    )
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=[],
+        metavar="EXTRACTOR",
+        help="of the suite generation: TorchScript files, or DINOv2 of transformers; the same as generation.features",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY.SUB=VALUE",
+        help="settings such as num_images=500; all are in latent_egc/evaluation/settings.py",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; errors that a user can mend are printed without a traceback and give exit status 2."""
     options = _parser().parse_args(arguments)
@@ -148,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "sample": _sample,
         "classify": _classify,
+        "evaluate": _evaluate,
         "info": _info,
         "export": _export,
         "convert": _convert,
@@ -276,6 +314,38 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
     return files
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from accelerate import Accelerator
+
+    from latent_egc.config import load_data_config
+
+    try:
+        from latent_egc.evaluation import evaluate, parse_settings
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"evaluate needs more packages ({error}): pip install 'latent-egc[eval]'") from error
+
+    features = [f"generation.features={json.dumps(options.features)}"] if options.features else []
+    settings = parse_settings([*features, *options.set])
+    own_config = Path(options.pipeline) / "config.yaml"
+    if options.data is None and not own_config.is_file():
+        raise ConfigError(
+            f"--data: {options.pipeline} is no run with a config.yaml; name a YAML file that has a data section"
+        )
+    data = load_data_config(options.data or own_config)
+    accelerator = Accelerator()
+    report = evaluate(
+        _load_pipeline(options.pipeline, str(accelerator.device)),
+        data,
+        options.suite.split(","),
+        options.output or (own_config.parent if own_config.is_file() else Path()) / "evaluation",
+        settings,
+        options.pipeline,
+        accelerator,
+    )
+    if accelerator.is_main_process:
+        print(f"\n{report.table()}\n\nreport: {report.folder / 'report.html'}")
 
 
 def _info(options: argparse.Namespace) -> None:

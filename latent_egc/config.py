@@ -25,7 +25,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was received and what is allowed."""
 
 
-def _within(default: Any, minimum: float, maximum: float = math.inf) -> Any:
+def within(default: Any, minimum: float, maximum: float = math.inf) -> Any:
     """A field whose value, or whose every element, must lie in [minimum, maximum]."""
     return field(default=default, metadata={"range": (minimum, maximum)})
 
@@ -70,16 +70,16 @@ class DataConfig:
     data_files: str | dict[str, str] | None = None
     train_split: str = "train"
     validation_split: str | None = None  # null: validation_fraction of the train split is held out
-    validation_fraction: float = _within(0.2, 0.0, 0.9)
+    validation_fraction: float = within(0.2, 0.0, 0.9)
     image_column: str | None = None  # null: found by type or name
     label_column: str | None = None
-    label_fraction: float = _within(1.0, 1e-6, 1.0)  # share of the training labels kept, of every class at least one
-    image_size: int = _within(32, 1)  # pixels, height and width
+    label_fraction: float = within(1.0, 1e-6, 1.0)  # share of the training labels kept, of every class at least one
+    image_size: int = within(32, 1)  # pixels, height and width
     horizontal_flip: bool = False
-    random_resized_crop: tuple[float, float] | None = _within((0.5, 1.0), 0.01, 1.0)  # area share, clean branch only
-    num_views: int = _within(4, 1)  # encoded views of each image for the clean branch, in a latent cache
+    random_resized_crop: tuple[float, float] | None = within((0.5, 1.0), 0.01, 1.0)  # area share, clean branch only
+    num_views: int = within(4, 1)  # encoded views of each image for the clean branch, in a latent cache
     latent_cache: str | None = None  # folder written by `latent-egc encode`; null: training reads pixels
-    num_workers: int = _within(0, 0)
+    num_workers: int = within(0, 0)
     skip_corrupt: bool = False  # skip unreadable images (and count them) instead of stopping
 
 
@@ -87,38 +87,38 @@ class DataConfig:
 class ObjectiveConfig:
     """The loss."""
 
-    classification_weight: float = _within(0.005, 0.0)  # the paper's gamma
-    label_smoothing: float = _within(0.0, 0.0, 0.99)
-    label_drop: float = _within(0.1, 0.0, 1.0)  # share of labels hidden from the class embedding, if there is one
+    classification_weight: float = within(0.005, 0.0)  # the paper's gamma
+    label_smoothing: float = within(0.0, 0.0, 0.99)
+    label_drop: float = within(0.1, 0.0, 1.0)  # share of labels hidden from the class embedding, if there is one
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The loop. Steps are optimiser steps (`global_step`)."""
 
-    max_steps: int = _within(1000, 1)
-    train_batch_size: int = _within(64, 1)  # per device and micro-batch
-    gradient_accumulation_steps: int = _within(1, 1)
-    learning_rate: float = _within(1e-4, 0.0)
+    max_steps: int = within(1000, 1)
+    train_batch_size: int = within(64, 1)  # per device and micro-batch
+    gradient_accumulation_steps: int = within(1, 1)
+    learning_rate: float = within(1e-4, 0.0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = _within(0, 0)
-    adam_betas: tuple[float, float] = _within((0.9, 0.999), 0.0, 1.0)
-    weight_decay: float = _within(0.0, 0.0)
-    max_grad_norm: float | None = _within(1.0, 0.0)  # null: no clipping
+    warmup_steps: int = within(0, 0)
+    adam_betas: tuple[float, float] = within((0.9, 0.999), 0.0, 1.0)
+    weight_decay: float = within(0.0, 0.0)
+    max_grad_norm: float | None = within(1.0, 0.0)  # null: no clipping
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
     shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
-    ema_decay: float = _within(
+    ema_decay: float = within(
         0.9999, 0.0, 1.0
     )  # the bound; it is reached by diffusers' warm-up (1 + step) / (10 + step)
-    seed: int = _within(0, 0, 2**32 - 1)
-    log_every: int = _within(10, 1)
-    evaluate_every: int = _within(500, 1)
-    sample_every: int = _within(500, 1)
-    checkpoint_every: int = _within(500, 1)
-    keep_checkpoints: int = _within(2, 1)  # the newest; the best is kept besides
-    num_evaluation_samples: int | None = _within(None, 1)  # null: the whole validation split
+    seed: int = within(0, 0, 2**32 - 1)
+    log_every: int = within(10, 1)
+    evaluate_every: int = within(500, 1)
+    sample_every: int = within(500, 1)
+    checkpoint_every: int = within(500, 1)
+    keep_checkpoints: int = within(2, 1)  # the newest; the best is kept besides
+    num_evaluation_samples: int | None = within(None, 1)  # null: the whole validation split
     trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's trackers
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest checkpoint in output_dir, if there is one
     overwrite: bool = False  # delete a run that output_dir already holds
@@ -128,11 +128,11 @@ class TrainingConfig:
 class SamplingConfig:
     """The sample grids, and what the saved pipeline does by default."""
 
-    num_inference_steps: int = _within(50, 1)
-    guidance_scale: float = _within(1.0, 1.0)  # stored with the pipeline
-    images_per_class: int = _within(8, 1)
-    max_classes: int = _within(10, 1)  # rows of the grid
-    batch_size: int = _within(40, 1)
+    num_inference_steps: int = within(50, 1)
+    guidance_scale: float = within(1.0, 1.0)  # stored with the pipeline
+    images_per_class: int = within(8, 1)
+    max_classes: int = within(10, 1)  # rows of the grid
+    batch_size: int = within(40, 1)
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of
             range, or an override that is not KEY=VALUE.
     """
+    return parse_config(_read_sections(path, overrides))
+
+
+def load_data_config(path: str | Path) -> DataConfig:
+    """The `data` section of a YAML file, a training config for example; its other sections are not looked at.
+
+    Raises:
+        ConfigError: as `load_config`, or a file without a `data` section.
+    """
+    values = _read_sections(path)
+    if "data" not in values:
+        raise ConfigError(f"{path} has no data section, only {', '.join(map(str, values)) or 'nothing'}")
+    config = parse_dataclass(DataConfig, values["data"], "data")
+    _check_data(config)
+    return config
+
+
+def _read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file's sections as plain values, with overrides applied. Raises ConfigError as `load_config` does."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
@@ -175,6 +194,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    apply_overrides(values, overrides)
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Writes overrides such as "training.max_steps=500" into nested sections.
+
+    Raises:
+        ConfigError: an override that is not KEY=VALUE, or goes below a value.
+    """
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
@@ -191,36 +220,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             target[last] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    return parse_config(values)
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Plain values -> a checked `Config`. Raises ConfigError as `load_config` does."""
     if "model" not in values:
         raise ConfigError("model is missing: the section that describes the energy network")
-    config = _parse_dataclass(Config, values, "")
+    config = parse_dataclass(Config, values, "")
     for key, path in (("autoencoder.path", config.autoencoder.path), ("model.init_from", config.model.init_from)):
         if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: no such folder: {path}")
-    for key in ("data_dir", "data_files"):
-        if "/" in config.data.dataset:  # then they are relative to that folder or Hub repository
-            break
-        value = getattr(config.data, key)
-        for name in value.values() if isinstance(value, dict) else [value]:
-            if name is not None and "://" not in name and "*" not in name and not Path(name).exists():
-                raise ConfigError(f"data.{key}: no such file or folder: {name}")
+    _check_data(config.data)
     if config.training.compile and config.training.activation_checkpointing:
         raise ConfigError(
             "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "
             "input gradient by torch.func.grad, and recomputation belongs to autograd's; set one to false"
         )
-    crop = config.data.random_resized_crop
-    if crop is not None and crop[0] > crop[1]:
-        raise ConfigError(f"data.random_resized_crop must be (smallest, largest) area, got {list(crop)}")
     return config
 
 
-def _parse_dataclass(cls: type, values: Any, prefix: str) -> Any:
+def _check_data(config: DataConfig) -> None:
+    for key in ("data_dir", "data_files"):
+        if "/" in config.dataset:  # then they are relative to that folder or Hub repository
+            break
+        value = getattr(config, key)
+        for name in value.values() if isinstance(value, dict) else [value]:
+            if name is not None and "://" not in name and "*" not in name and not Path(name).exists():
+                raise ConfigError(f"data.{key}: no such file or folder: {name}")
+    crop = config.random_resized_crop
+    if crop is not None and crop[0] > crop[1]:
+        raise ConfigError(f"data.random_resized_crop must be (smallest, largest) area, got {list(crop)}")
+
+
+def parse_dataclass(cls: type, values: Any, prefix: str) -> Any:
+    """Plain values -> a checked frozen dataclass; errors name `prefix` and the key. Raises ConfigError."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: (hints[f.name], f.metadata.get("range")) for f in dataclasses.fields(cls)}
     return cls(**_parse_fields(fields, values, prefix))
@@ -265,7 +298,7 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
     if annotation is ModelConfig:
         return _parse_model(value, name)
     if dataclasses.is_dataclass(annotation):
-        return _parse_dataclass(annotation, {} if value is None else value, name)
+        return parse_dataclass(annotation, {} if value is None else value, name)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None

@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 
 from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
+from latent_egc.config import DataConfig
 from latent_egc.pipelines.pipeline_egc import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
@@ -82,10 +87,40 @@ def tiny_taesd(latent_channels: int = 2) -> AutoencoderTiny:
     ).eval()
 
 
-def tiny_pipeline(vae: bool = True, **overrides) -> EGCPipeline:
+def tiny_pipeline(vae: bool = True, names: tuple[str, ...] = ("cat", "dog", "cow"), **overrides) -> EGCPipeline:
     """A pipeline of tiny random networks: 8x8 images through 4x4 latents, classes cat, dog and cow."""
     model = tiny_unet(**overrides).eval()
-    names = {0: "cat", 1: "dog", 2: "cow"} if model.config.num_classes else {}
+    names = dict(enumerate(names)) if model.config.num_classes else {}
     pipeline = EGCPipeline(model, tiny_kl() if vae else None, default_scheduler(model), names, 2.0)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def write_images(folder: Path, classes=("cat", "cow", "dog"), per_class: int = 7) -> DataConfig:
+    """A folder of 8x8 images, each class of its own brightness; 7 of 21 are the validation split."""
+    rng = np.random.default_rng(0)
+    for level, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(60 * level, 60 * level + 120, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return DataConfig(dataset="imagefolder", data_dir=str(folder), image_size=8, validation_fraction=1 / 3)
+
+
+@pytest.fixture
+def evaluation_context(tmp_path, monkeypatch):
+    """A function: settings as overrides, and options of `tiny_pipeline` -> an EvaluationContext on 7 images."""
+    # Only here: tests of the other parts shall not need the packages of the extra `eval`.
+    from latent_egc.evaluation import parse_settings
+    from latent_egc.evaluation.context import EvaluationContext
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    data = write_images(tmp_path / "images")
+
+    def make(*overrides: str, **options):
+        pipeline = tiny_pipeline(names=("cat", "cow", "dog"), **options)
+        return EvaluationContext(
+            pipeline, data, parse_settings(["num_resamples=20", *overrides]), Accelerator(cpu=True)
+        )
+
+    return make

@@ -29,8 +29,8 @@ with torch.no_grad():
 if mode == "checkpointed":
     model.enable_gradient_checkpointing()
 objective = EGCObjective(model, classification_weight=0.5, label_smoothing=0.1)
-if mode == "compiled":
-    objective.forward = CompiledForward(objective)
+if mode in ("aot_eager", "inductor"):
+    objective.forward = CompiledForward(objective, backend=mode)
 objective = accelerator.prepare(objective)
 generator = torch.Generator().manual_seed(0)
 latents, clean_latents, noise = torch.randn(3, 8, 2, 4, 4, generator=generator)

@@ -83,7 +83,9 @@ def fails(capsys, arguments: list, *parts: str) -> None:
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["encode", "train", "sample", "classify", "info", "export", "convert", "benchmark"])
+@pytest.mark.parametrize(
+    "verb", ["encode", "train", "sample", "classify", "evaluate", "info", "export", "convert", "benchmark"]
+)
 def test_help_of_every_verb_holds_an_example(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])

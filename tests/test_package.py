@@ -12,7 +12,8 @@ from conftest import ROOT
 LAYERS = [
     {"models", "pipelines"},
     {"config", "autoencoders", "data", "objective"},
-    {"latent_cache", "validation", "figures", "run_folder", "hub", "convert", "warm_start", "measurement", "benchmark"},
+    {"latent_cache", "validation", "figures", "run_folder", "hub", "convert", "warm_start"}
+    | {"measurement", "benchmark", "evaluation"},
     {"training"},
     {"cli"},
 ]

@@ -1,0 +1,110 @@
+"""Runs suites over one pipeline and writes each into the report as soon as it is finished."""
+
+import dataclasses
+import difflib
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latent_egc.autoencoders import fingerprint
+from latent_egc.config import ConfigError, DataConfig
+from latent_egc.evaluation.calibration import evaluate_calibration
+from latent_egc.evaluation.classification import evaluate_classification
+from latent_egc.evaluation.context import EvaluationContext
+from latent_egc.evaluation.generation import evaluate_generation
+from latent_egc.evaluation.report import Report
+from latent_egc.evaluation.results import SuiteResult
+from latent_egc.evaluation.settings import EvaluationSettings
+from latent_egc.pipelines import EGCPipeline
+
+SUITES: dict[str, Callable[[EvaluationContext], SuiteResult]] = {
+    "classification": evaluate_classification,
+    "calibration": evaluate_calibration,
+    "generation": evaluate_generation,
+}
+PACKAGES = ("latent-egc", "torch", "diffusers", "accelerate", "numpy", "scipy", "scikit-learn", "torchmetrics")
+
+
+def evaluate(
+    pipeline: EGCPipeline,
+    data: DataConfig,
+    suites: Sequence[str],
+    folder: str | Path,
+    settings: EvaluationSettings | None = None,
+    name: str = "pipeline",
+    accelerator: Accelerator | None = None,
+) -> Report:
+    """Measures a pipeline on a dataset's validation split.
+
+    Args:
+        pipeline: what is judged.
+        data: the dataset; its `image_size` gives way to the pipeline's.
+        suites: names, see `SUITES`. Those that the folder's report holds with the same settings are not run again.
+        folder: for report.json, report.html and figures/.
+        settings: of the suites; None: the defaults.
+        name: what the report calls the pipeline, its path for example.
+        accelerator: the processes that share the work; None: those that a launcher started, or this one.
+
+    Returns:
+        The report, as it stands in `folder`.
+
+    Raises:
+        ConfigError: an unknown suite, a dataset that does not fit the pipeline, a setting that cannot be used.
+    """
+    for suite in suites:
+        if suite not in SUITES:
+            close = difflib.get_close_matches(suite, SUITES, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SUITES)}"
+            raise ConfigError(f"unknown suite {suite!r}; {hint}")
+    settings = settings or EvaluationSettings()
+    accelerator = accelerator or Accelerator()
+    pipeline.to(accelerator.device)
+    pipeline.energy_model.eval()
+    report = Report(Path(folder), _subject(name, pipeline, data, accelerator))
+    context = EvaluationContext(pipeline, data, settings, accelerator)
+    for suite in dict.fromkeys(suites):
+        # The images decide every suite's numbers, so they are among its settings.
+        suite_settings = settings.of_suite(suite) | {"data": dataclasses.asdict(context.data)}
+        finished = report.holds(suite, suite_settings)
+        accelerator.wait_for_everyone()  # no process looks after the main one has written
+        if finished:
+            accelerator.print(f"{suite}: already in the report with these settings")
+            continue
+        start = time.perf_counter()
+        result = SUITES[suite](context)
+        seconds = time.perf_counter() - start
+        if accelerator.is_main_process:
+            report.add(suite, result, suite_settings, _versions(), seconds)
+        accelerator.print(f"{suite}: {result.num_samples} samples, {seconds:.1f} s")
+        accelerator.wait_for_everyone()
+    return report
+
+
+def _subject(name: str, pipeline: EGCPipeline, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
+    model = pipeline.energy_model
+    return {
+        "pipeline": name,
+        "fingerprint": f"{fingerprint(model)} with {fingerprint(pipeline.vae)}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "images": f"{pipeline.image_size} x {pipeline.image_size} px",
+        "dataset": f"{data.dataset}, validation split",
+        "device": f"{accelerator.num_processes} process(es) on {accelerator.device.type}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {name: metadata.version(name) for name in PACKAGES if _is_installed(name)}
+    return {"python": platform.python_version(), **installed}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

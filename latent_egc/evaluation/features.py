@@ -1,0 +1,134 @@
+"""Image features and what is computed on them: Frechet distance, KID, precision and recall.
+
+An extractor is a TorchScript file (images (N, 3, H, W) in [0, 1] to (N, D)), or a DINOv2 of transformers by its Hub id
+or folder. A number on features that are not Inception-v3's is no FID, so the extractor's name stands in the metric's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import NearestNeighbors
+from torchmetrics.image.kid import poly_mmd
+from transformers import AutoModel
+
+from latent_egc.config import ConfigError
+
+# What DINOv2 was trained on: ImageNet's mean and deviation, and 224 px as in Stein et al. (NeurIPS 2023).
+DINO_MEAN, DINO_STD, DINO_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
+TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript", ".jit")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A named function: images (N, 3, H, W) in [0, 1] -> features (N, D)."""
+
+    name: str
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, D) float32.
+
+        Raises:
+            ConfigError: the extractor returns anything else.
+        """
+        features = self.function(images)
+        if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(images):
+            found = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
+            raise ConfigError(f"extractor {self.name} must return ({len(images)}, D) features, got {found}")
+        return features.float()
+
+
+def load_torchscript(path: str, key: str, device: torch.device) -> torch.jit.ScriptModule:
+    """A TorchScript module.
+
+    Raises:
+        ConfigError: no such file, or no TorchScript; it names `key` and how to make one.
+    """
+    how = "a TorchScript module for images (N, 3, H, W) in [0, 1] is wanted, as torch.jit.save writes it"
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}: no such weights file: {path}; {how}")
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {path} cannot be loaded; {how} ({str(error).strip().splitlines()[0]})") from error
+
+
+def load_extractor(source: str, device: torch.device) -> Extractor:
+    """The extractor of a TorchScript file, or of a DINOv2's Hub id or folder.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    key = "generation.features"
+    if source.endswith(TORCHSCRIPT_SUFFIXES):
+        return Extractor(Path(source).stem.removesuffix("_features"), load_torchscript(source, key, device))
+    try:
+        network = AutoModel.from_pretrained(source).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}: {source!r} is neither a TorchScript file ({', '.join(TORCHSCRIPT_SUFFIXES)}) nor a DINOv2 that "
+            f"transformers can load, such as facebook/dinov2-base or a folder with its weights: {error}"
+        ) from error
+    if network.config.model_type != "dinov2":
+        raise ConfigError(f"{key}: {source!r} is a {network.config.model_type}; only dinov2 is supported")
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (DINO_MEAN, DINO_STD))
+
+    def class_token(images: torch.Tensor) -> torch.Tensor:
+        images = F.interpolate(images, (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+        return network(pixel_values=(images - mean) / std).last_hidden_state[:, 0]
+
+    return Extractor(Path(source).name, class_token)
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features (N, D).
+
+    The trace of the root is computed on the symmetric C1^(1/2) C2 C1^(1/2), which has the eigenvalues of C1 C2 and none
+    below zero. Source: Heusel et al. (NeurIPS 2017).
+    """
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    covariances = [np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (first, second)]
+    values, vectors = scipy.linalg.eigh(covariances[0])
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(scipy.linalg.eigvalsh(root @ covariances[1] @ root).clip(min=0)).sum()
+    return float(difference @ difference + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * cross)
+
+
+def kernel_distance(
+    first: np.ndarray, second: np.ndarray, num_subsets: int, subset_size: int, seed: int
+) -> tuple[float, float]:
+    """KID: the unbiased squared MMD with the cubic kernel, mean and standard deviation over random subsets.
+
+    Source: Binkowski et al. (ICLR 2018); the kernel is torchmetrics'.
+    """
+    rng = np.random.default_rng(seed)
+    size = min(subset_size, len(first), len(second))
+    sets = [torch.from_numpy(rows).double() for rows in (first, second)]
+    values = [
+        float(poly_mmd(*(rows[rng.choice(len(rows), size, replace=False)] for rows in sets)))
+        for _ in range(num_subsets)
+    ]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def precision_and_recall(real: np.ndarray, generated: np.ndarray, num_neighbours: int = 3) -> tuple[float, float]:
+    """Shares of generated features within the real manifold and of real ones within the generated manifold.
+
+    A set's manifold is the union of the balls around its points that reach their `num_neighbours`-th neighbour. Source:
+    Kynkaanniemi et al. (NeurIPS 2019).
+    """
+
+    def covered(points: np.ndarray, support: np.ndarray) -> float:
+        # The nearest neighbour of a support point is itself.
+        radii = NearestNeighbors(n_neighbors=num_neighbours + 1).fit(support).kneighbors(support)[0][:, -1]
+        distances = torch.cdist(torch.from_numpy(points).double(), torch.from_numpy(support).double())
+        return float((distances <= torch.from_numpy(radii)).any(dim=1).double().mean())
+
+    return covered(generated, real), covered(real, generated)

@@ -1,0 +1,153 @@
+"""The report's pictures, as PNG bytes in one style."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import einops
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DPI = 130
+
+
+def _axes(width: float = 5.0, height: float = 3.4) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def lines(
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    x_name: str,
+    y_name: str,
+    y_limits: tuple[float, float] | None = None,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    level: tuple[float, str] | None = None,
+) -> bytes:
+    """Curves over one axis.
+
+    Args:
+        x: positions of the points.
+        series: name -> values at `x`.
+        x_name, y_name: the axes' names.
+        y_limits: of the vertical axis, None: by the data.
+        bands: name of a series -> lower and upper bounds, drawn as a shade.
+        level: a horizontal line's height and its name.
+    """
+    figure, axes = _axes()
+    for name, values in series.items():
+        (line,) = axes.plot(x, values, marker="o", markersize=3.5, label=name)
+        if bands and name in bands:
+            axes.fill_between(x, *bands[name], color=line.get_color(), alpha=0.15, linewidth=0)
+    if level is not None:
+        axes.axhline(level[0], color="0.5", linestyle="--", linewidth=1, label=level[1])
+    axes.set(xlabel=x_name, ylabel=y_name)
+    if y_limits is not None:
+        axes.set_ylim(*y_limits)
+    if len(series) > 1 or level is not None:
+        axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def histograms(values: Mapping[str, np.ndarray], x_name: str) -> bytes:
+    """Overlaid histograms of the same quantity for several sets."""
+    figure, axes = _axes()
+    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=50)
+    for name, sample in values.items():
+        axes.hist(sample, edges, density=True, alpha=0.55, label=name)
+    axes.set(xlabel=x_name, ylabel="density")
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
+    """Rows are true classes, columns predicted ones, coloured by the share of the row; few classes also show counts."""
+    num_classes, few = len(names), len(names) <= 20
+    side = min(8.0, 2.2 + 0.42 * num_classes)
+    figure, axes = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, shrink=0.75, label="share of the true class")
+    axes.set(xlabel="predicted", ylabel="true")
+    if few:
+        axes.set_xticks(range(num_classes), names, rotation=50, ha="right", fontsize=8)
+        axes.set_yticks(range(num_classes), names, fontsize=8)
+        for row, column in np.argwhere(counts > 0):
+            color = "white" if shares[row, column] > 0.55 else "0.25"
+            axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+    return _png(figure)
+
+
+def reliability_diagram(edges: np.ndarray, bins: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
+    """Accuracy against confidence, a panel for each classifier, the number of images below.
+
+    Args:
+        edges: (B + 1,), of the confidence bins.
+        bins: title -> mean confidence, accuracy and count (B,) of each bin; NaN in an empty one.
+    """
+    figure, panels = plt.subplots(
+        2,
+        len(bins),
+        figsize=(3.6 * len(bins), 4.2),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        height_ratios=(3, 1),
+    )
+    centres, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+    for (upper, lower), (title, (confidence, accuracy, count)) in zip(panels.T, bins.items(), strict=True):
+        upper.bar(centres, accuracy, width * 0.94, color="tab:blue", alpha=0.75, label="accuracy")
+        upper.plot(confidence, confidence, "o", color="tab:orange", markersize=3.5, label="mean confidence")
+        upper.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1)
+        upper.set(xlim=(0, 1), ylim=(0, 1), title=title, ylabel="accuracy")
+        upper.legend(frameon=False, fontsize=8, loc="upper left")
+        lower.bar(centres, count, width * 0.94, color="0.6")
+        lower.set(xlabel="confidence", ylabel="images")
+        for axes in (upper, lower):
+            axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def image_grid(images: np.ndarray, row_names: Sequence[str] | None = None, gap_after: int | None = None) -> bytes:
+    """Images side by side, enlarged by a whole factor, pixel by pixel.
+
+    Args:
+        images: (rows, columns, H, W, 3) in [0, 1].
+        row_names: at the left of the rows.
+        gap_after: a wider gap after this many columns.
+    """
+    rows, height, width = images.shape[0], *images.shape[2:4]
+    factor, gap = max(1, round(64 / height)), max(1, height // 24)
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
+    sheet = einops.rearrange(images, "r c h w d -> (r h) (c w) d")
+    if gap_after is not None:
+        at = gap_after * (width + gap)
+        sheet = np.concatenate([sheet[:, :at], np.ones((len(sheet), height // 3, 3)), sheet[:, at:]], axis=1)
+    size = (sheet.shape[1] * factor, sheet.shape[0] * factor)
+    sheet = Image.fromarray((sheet * 255).round().clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    name_width = 0.075 * max(map(len, row_names)) + 0.2 if row_names else 0.0
+    figure_width, figure_height = name_width + size[0] / DPI, size[1] / DPI
+    figure = plt.figure(figsize=(figure_width, figure_height), dpi=DPI)
+    axes = figure.add_axes((name_width / figure_width, 0, 1 - name_width / figure_width, 1))
+    axes.imshow(sheet, interpolation="none", aspect="auto")
+    axes.set_axis_off()
+    for row, name in enumerate(row_names or []):
+        y = 1 - (row + 0.5) / rows
+        figure.text((name_width - 0.1) / figure_width, y, name, ha="right", va="center", fontsize=8)
+    return _png(figure)

@@ -1,0 +1,99 @@
+"""What a suite finds: numbers with confidence intervals, tables, pictures and remarks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+CONFIDENCE_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number.
+
+    Args:
+        value: as computed on all samples; a share is in [0, 1].
+        interval: bootstrap percentiles of the confidence level around it, None where there is none.
+        percent: whether it is shown as a percentage.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    percent: bool = False
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} %" if self.percent else f"{self.value:.5g}"
+
+    @property
+    def interval_text(self) -> str:
+        """The interval as shown, "" without one."""
+        if self.interval is None:
+            return ""
+        low, high = (100 * bound if self.percent else bound for bound in self.interval)
+        return f"{low:.2f} to {high:.2f} %" if self.percent else f"{low:.4g} to {high:.4g}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; cells are text or numbers, None is an empty cell."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: PNG bytes and what is to be seen."""
+
+    name: str  # of its file
+    caption: str
+    png: bytes
+
+
+@dataclass
+class SuiteResult:
+    """What one suite found.
+
+    Args:
+        num_samples: images (or generated samples) that were judged.
+        metrics: name -> number, the main ones first.
+        tables, figures: in the order in which they are shown.
+        notes: what a reader must know to compare the numbers with others.
+    """
+
+    num_samples: int
+    metrics: dict[str, Metric]
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def bootstrapped(
+    statistic: Callable[..., float], *samples: np.ndarray, num_resamples: int, seed: int, percent: bool = False
+) -> Metric:
+    """A statistic of all samples with its 95 % bootstrap percentile interval; rows are resampled together.
+
+    Args:
+        statistic: takes as many arrays as `samples`, returns a number.
+        *samples: (N, ...) each, row i of all of them belonging together.
+        num_resamples, seed: of the bootstrap.
+        percent: as in `Metric`.
+    """
+    value = float(statistic(*samples))
+    if len(samples[0]) < 2:
+        return Metric(value, None, percent)
+    # Rows are resampled by number, so that samples of any shape stay whole.
+    interval = scipy.stats.bootstrap(
+        (np.arange(len(samples[0])),),
+        lambda rows: statistic(*(sample[rows] for sample in samples)),
+        vectorized=False,
+        n_resamples=num_resamples,
+        confidence_level=CONFIDENCE_LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Metric(value, (float(interval.low), float(interval.high)), percent)

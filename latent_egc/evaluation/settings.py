@@ -1,0 +1,70 @@
+"""What an evaluation may be told: one section a suite; every key, its default and its meaning stand here.
+
+Given on the command line as `--set num_images=500 classification.num_timesteps=10`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latent_egc.config import apply_overrides, parse_dataclass, within
+
+
+@dataclass(frozen=True)
+class ClassificationSettings:
+    """Accuracy at timestep 0, and against the noise level."""
+
+    num_timesteps: int = within(20, 2)  # points of the noise curve, evenly over [0, T)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Calibration before and after temperature scaling."""
+
+    num_bins: int = within(15, 1)  # of equal width, for the expected calibration error and the diagram
+    fit_fraction: float = within(0.5, 0.01, 0.99)  # share of the images that the temperature is fitted on
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Samples against the training split."""
+
+    features: tuple[str, ...] = ()  # extractors: TorchScript files, or DINOv2 of transformers (Hub id or folder)
+    judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
+    num_samples: int = within(1000, 5)
+    num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
+    num_judge_images: int = within(1000, 10)  # training images for the linear judge
+    num_inference_steps: int = within(50, 1)
+    guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
+    kid_subsets: int = within(100, 1)
+    kid_subset_size: int = within(1000, 2)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """One evaluation."""
+
+    seed: int = within(0, 0, 2**32 - 1)  # of the noise, the resampling and every choice of images
+    num_images: int | None = within(None, 1)  # evaluated images, drawn by the seed; null: the whole validation split
+    batch_size: int = within(64, 1)
+    num_resamples: int = within(1000, 10)  # of the bootstrap behind each confidence interval
+    classification: ClassificationSettings = ClassificationSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    generation: GenerationSettings = GenerationSettings()
+
+    def of_suite(self, suite: str) -> dict[str, Any]:
+        """The plain values that one suite's result depends on: those of every suite, and its own section."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if not isinstance(value, dict)} | {suite: values[suite]}
+
+
+def parse_settings(overrides: Sequence[str] = ()) -> EvaluationSettings:
+    """Settings from overrides of the defaults.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion), a wrong type or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    apply_overrides(values, overrides)
+    return parse_dataclass(EvaluationSettings, values, "")
