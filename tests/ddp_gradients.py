@@ -21,7 +21,7 @@ assert accelerator.num_processes == num_processes, accelerator.num_processes
 if backbone == "unet":
     model = tiny_unet(head="inner", class_embedding=True, block_out_channels=(48, 96), norm_num_groups=8)
 else:
-    model = tiny_transformer(class_embedding=True, width=160, num_layers=3)
+    model = tiny_transformer(class_embedding=True, width=256, num_layers=1)
 assert sum(p.numel() for p in model.parameters()) * 4 > 4e6, sum(p.numel() for p in model.parameters())
 with torch.no_grad():
     for parameter in model.parameters():  # at this width the tiny models' standard deviation would be too large

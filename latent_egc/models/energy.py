@@ -22,6 +22,8 @@ from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .recomputation import recomputed
+
 
 @dataclass
 class EnergyOutput(BaseOutput):
@@ -116,6 +118,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing`
+    _taking_input_gradient = False
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -150,10 +153,10 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
     def run_block(self, block: nn.Module, *inputs: Any, twice_differentiable: bool) -> torch.Tensor:
         """A block's output; with activation checkpointing, what training would keep of it is recomputed when needed."""
-        block = functools.partial(block, twice_differentiable=twice_differentiable)
+        run = functools.partial(block, twice_differentiable=twice_differentiable)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
+            return recomputed(run, tuple(block.parameters()), inputs, lambda: not self._taking_input_gradient)
+        return run(*inputs)
 
     def check_energy_config(self) -> int | None:
         """Checks the fields that every backbone shares; returns E, the map head's channels (None for head "inner").
@@ -346,7 +349,11 @@ class EnergyModel(ModelMixin, ConfigMixin):
             if not (twice_differentiable and noisy_latents.requires_grad):
                 noisy_latents = noisy_latents.detach().requires_grad_()
             total, output = potential(noisy_latents)
-            (epsilon,) = torch.autograd.grad(total, noisy_latents, create_graph=twice_differentiable)
+            self._taking_input_gradient = True
+            try:
+                (epsilon,) = torch.autograd.grad(total, noisy_latents, create_graph=twice_differentiable)
+            finally:
+                self._taking_input_gradient = False
         if not twice_differentiable:
             output = tuple(tensor.detach() for tensor in output)
         return epsilon, EnergyOutput(*output)
