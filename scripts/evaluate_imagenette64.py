@@ -102,7 +102,7 @@ def main() -> None:
     print(f"the judge's own accuracy on them, decoded: {score:.1%}, trained on {len(chosen)} images", flush=True)
 
     default = pipeline.config.default_guidance_scale
-    for scale in [default, *options.scales]:
+    for scale in dict.fromkeys([default, *options.scales]):
         is_default = scale == default
         images = sample(pipeline, config, options.fd_samples_per_class if is_default else 20, scale)
         share = agreement(judge, extractor, images[:, :20])
