@@ -13,7 +13,7 @@ from latent_egc.objective import CompiledForward
 
 MODELS = [(backbone, head) for backbone in TINY_BACKBONES for head in ("map", "inner")]
 ONE_EACH = [("unet", "map"), ("transformer", "inner")]
-# The code generator takes minutes for what the other tests use.
+# The compiler takes minutes for what the other tests use.
 SHALLOW = {
     "unet": {"block_out_channels": (8,), "attention_levels": ()},
     "transformer": {"num_layers": 1, "class_embedding": False},
@@ -64,9 +64,11 @@ def test_float32(model_and_reference):
     assert_parity(gradient(model), reference)
 
 
-def test_compiled_without_the_code_generator(model_and_reference):
+@pytest.mark.parametrize("name", MODELS, ids="-".join)
+def test_compiled_without_the_code_generator(name):
     """aot_eager traces the whole step, input gradient and second backward pass, and runs the traced operations."""
-    model, reference = model_and_reference
+    model = make_model(*name, **SHALLOW[name[0]])
+    reference = gradient(copy.deepcopy(model).double())
 
     def prepare(objective):
         objective.forward = CompiledForward(objective, backend="aot_eager")
