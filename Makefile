@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-compiler lint
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,7 +16,11 @@ quickstart: $(VENV)/installed
 
 # Sums over several threads depend on their number, and the tests start processes of their own: one thread each.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not full_compiler"
+
+# What takes minutes of the code generator: the compiled training step.
+test-compiler: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m full_compiler
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -76,6 +76,7 @@ def test_compiled_without_the_code_generator(name):
     assert_parity(gradient(model, prepare), reference)
 
 
+@pytest.mark.full_compiler
 @pytest.mark.parametrize("name", ONE_EACH, ids="-".join)
 def test_compiled(name):
     model = make_model(*name, **SHALLOW[name[0]])

@@ -432,7 +432,11 @@ SHALLOW_TRANSFORMER = {
 
 
 @pytest.mark.parametrize(
-    ("option", "precision", "tolerance"), [("compile", "bf16", 1e-2), ("activation_checkpointing", "no", 1e-4)]
+    ("option", "precision", "tolerance"),
+    [
+        pytest.param("compile", "bf16", 1e-2, marks=pytest.mark.full_compiler),
+        ("activation_checkpointing", "no", 1e-4),
+    ],
 )
 def test_fast_and_frugal_steps_train_the_same_network(tmp_path, option, precision, tolerance):
     """With the average, a resume in the middle, and the same names in the checkpoint."""
