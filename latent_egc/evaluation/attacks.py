@@ -1,12 +1,11 @@
 """Attacks on pixels in [0, 1], end to end through the autoencoder; the attacks are adversarial-robustness-toolbox's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from art.attacks.evasion import (
     AutoAttack,
     AutoProjectedGradientDescent,
@@ -19,6 +18,8 @@ from torch import nn
 
 from latent_egc.config import ConfigError
 from latent_egc.pipelines import EGCPipeline
+
+Attack = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images (N, 3, H, W) in [0, 1], labels (N,) -> attacked images
 
 
 class PixelClassifier(nn.Module):
@@ -66,24 +67,29 @@ class Threat:
     """How far an attack may move an image.
 
     Args:
-        norm: "linf" or "l2", over all pixels and channels of an image with values in [0, 1].
+        norm: "l_inf" or "l_2", over all pixels and channels of an image with values in [0, 1].
         eps: the largest norm of the change.
     """
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["l_inf", "l_2"]
     eps: float
 
+    @property
+    def eps_text(self) -> str:
+        """The size as the field writes it: 4/255 for l_inf, 0.5 for l_2."""
+        return f"{255 * self.eps:g}/255" if self.norm == "l_inf" else f"{self.eps:g}"
+
     def __str__(self) -> str:
-        return f"linf, eps {255 * self.eps:g}/255" if self.norm == "linf" else f"l2, eps {self.eps:g}"
+        return f"{self.norm} {self.eps_text}"
 
     @property
     def order(self) -> float:
         """The norm as numpy names it."""
-        return np.inf if self.norm == "linf" else 2
+        return np.inf if self.norm == "l_inf" else 2
 
 
 class Attacker:
-    """A classifier under attack: each attack maximises its cross entropy within a threat, AutoAttack also other losses.
+    """A classifier under attack: attacks maximise its cross entropy within a threat, AutoAttack also other losses.
 
     Args:
         network: images (N, 3, H, W) in [0, 1] to logits (N, K).
@@ -122,21 +128,43 @@ class Attacker:
                 "differentiable"
             )
 
+    @torch.no_grad()
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """(N,) the most probable class of each image (N, 3, H, W)."""
+        return self.network(torch.from_numpy(images).to(self.device)).argmax(dim=1).cpu().numpy()
+
+    def first_success(self, images: np.ndarray, labels: np.ndarray, attacks: Sequence[Attack]) -> np.ndarray:
+        """Tries attacks in turn, each only on the images that are still classified right.
+
+        Args:
+            images, labels: (N, 3, H, W) in [0, 1] and (N,).
+            attacks: weaker ones first. Each starts from `images`, whatever the ones before it did.
+
+        Returns:
+            (N,): -1 for an image that is wrong without attack, else the number of the attack that succeeded, or
+            len(attacks) where none did.
+        """
+        found = np.where(self.predict(images) == labels, len(attacks), -1)
+        for number, attack in enumerate(attacks):
+            standing = np.flatnonzero(found == len(attacks))
+            if len(standing) > 0:
+                predicted = self.predict(attack(images[standing], labels[standing]))
+                found[standing[predicted != labels[standing]]] = number
+        return found
+
+    # --- the attacks: images (N, 3, H, W) in [0, 1] and labels (N,) to images of the same shape -----------------------
+
     def fgsm(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
-        """One step along the gradient's sign, or its direction for l2 (Goodfellow et al., ICLR 2015)."""
+        """One step along the gradient's sign, or its direction for l_2 (Goodfellow et al., ICLR 2015)."""
         attack = FastGradientMethod(self.classifier, norm=threat.order, eps=threat.eps, batch_size=len(images))
         return attack.generate(images, labels)
 
     def pgd(
-        self, images: np.ndarray, labels: np.ndarray, threat: Threat, num_steps: int, num_restarts: int
+        self, images: np.ndarray, labels: np.ndarray, threat: Threat, num_steps: int, random_start: bool = True
     ) -> np.ndarray:
-        """Projected gradient ascent in steps of 2.5 eps / num_steps (Madry et al., ICLR 2018).
+        """Projected gradient ascent in steps of 2.5 eps / num_steps, from one start (Madry et al., ICLR 2018).
 
-        Args:
-            images, labels: (N, 3, H, W) in [0, 1] and (N,).
-            threat: where to stay.
-            num_steps: of each start.
-            num_restarts: random starts, of which each image keeps a successful one; 0 starts at the image itself.
+        Without `random_start` it starts at the image itself.
         """
         attack = ProjectedGradientDescent(
             self.classifier,
@@ -144,7 +172,7 @@ class Attacker:
             eps=threat.eps,
             eps_step=2.5 * threat.eps / num_steps,
             max_iter=num_steps,
-            num_random_init=num_restarts,
+            num_random_init=int(random_start),
             batch_size=len(images),
             verbose=False,
         )
@@ -155,7 +183,7 @@ class Attacker:
     ) -> np.ndarray:
         """APGD on the cross entropy and on the logits' difference ratio, then Square, each on what still stands.
 
-        Croce and Hein (ICML 2020), without FAB and the targeted variant, which the library does not have.
+        Croce and Hein (ICML 2020), without FAB and the targeted variant of APGD, which the library does not have.
         """
         shared = {"norm": threat.order, "eps": threat.eps, "batch_size": len(images), "verbose": False}
         # The ratio compares the first and the third largest logit.
@@ -167,31 +195,5 @@ class Attacker:
             for loss in losses
         ]
         attacks.append(SquareAttack(self.classifier, max_iter=num_queries, p_init=0.8, **shared))
-        attack = AutoAttack(
-            self.classifier,
-            norm=threat.order,
-            eps=threat.eps,
-            eps_step=2 * threat.eps,
-            attacks=attacks,
-            batch_size=len(images),
-        )
+        attack = AutoAttack(self.classifier, norm=threat.order, eps=threat.eps, attacks=attacks, batch_size=len(images))
         return attack.generate(images, labels)
-
-    @torch.no_grad()
-    def judge(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each image (N, 3, H, W) is classified right, and its cross entropy in nats; (N,) each."""
-        logits = self.network(torch.from_numpy(images).to(self.device)).cpu()
-        targets = torch.from_numpy(labels)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        return (logits.argmax(dim=1) == targets).numpy(), losses.numpy()
-
-
-def largest_change(images: np.ndarray, attacked: np.ndarray, threat: Threat) -> float:
-    """The largest norm by which any image was moved."""
-    change = (attacked - images).reshape(len(images), -1)
-    return float(np.linalg.norm(change, ord=threat.order, axis=1).max(initial=0.0))
-
-
-def threats(linf_eps_255: Sequence[float], l2_eps: Sequence[float]) -> list[Threat]:
-    """Every threat of the settings, l_inf first."""
-    return [Threat("linf", eps / 255) for eps in linf_eps_255] + [Threat("l2", eps) for eps in l2_eps]

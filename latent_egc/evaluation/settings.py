@@ -49,18 +49,18 @@ class RobustnessSettings:
     linf_eps_255: tuple[float, ...] = within((1.0, 2.0, 4.0, 8.0), 1e-3, 255.0)
     l2_eps: tuple[float, ...] = within((0.25, 0.5, 1.0), 1e-3)
     pgd_steps: int = within(20, 1)
-    pgd_restarts: int = within(2, 0)  # random starts; 0: one start, at the image
+    pgd_restarts: int = within(2, 1)  # random starts, each on the images that still stand
     plain: str | None = None  # pipeline or run of a plainly trained classifier, attacked alike for comparison
     num_autoattack_images: int = within(100, 0)  # 0: no AutoAttack
     autoattack_linf_eps_255: float = within(4.0, 1e-3, 255.0)
     autoattack_l2_eps: float = within(0.5, 1e-3)
-    autoattack_steps: int = within(100, 1)
-    autoattack_queries: int = within(5000, 1)  # of the Square attack, for each image
+    autoattack_steps: int = within(100, 1)  # of each of the two APGD
+    autoattack_queries: int = within(1000, 1)  # of Square, for each image that still stands; the original has 5000
     num_check_images: int = within(100, 1)  # for the checks of gradient masking
-    check_eps_255: float = within(4.0, 1e-3, 255.0)
+    check_eps_255: float = within(4.0, 1e-3, 255.0)  # of the checks, the pictures and denoised classification
     check_steps: tuple[int, ...] = within((1, 5, 20, 100), 1)
-    num_denoise_images: int = within(100, 1)  # for denoised classification, attacked at check_eps_255
-    denoise_timesteps: tuple[int, ...] = within((50, 150), 0)
+    num_denoise_images: int = within(50, 1)
+    denoise_timesteps: tuple[int, ...] = within((50, 150), 0)  # (): no denoised classification
     denoise_draws: int = within(4, 1)  # of the noise, averaged in each forward pass
 
 
