@@ -118,7 +118,10 @@ def evaluate_robustness(context: EvaluationContext) -> SuiteResult:
         attackers = {name: trial.attacker(PixelClassifier(pipeline)) for name, pipeline in pipelines.items()}
         lines = _attacked(trial, attackers)
         metrics, table = _table(context, lines)
-        tables, figures = [table, _checks(trial, attackers)], [*_curves(context, lines), _pictures(trial, attackers)]
+        tables, figures = (
+            [table, _checks(trial, attackers)],
+            [*_curves(context, lines), *_pictures(trial, attackers, lines[0].right["EGC"])],
+        )
         if settings.denoise_timesteps:
             denoised_metrics, denoised_table = _denoised(trial, attackers["EGC"])
             metrics |= denoised_metrics
@@ -159,9 +162,10 @@ def _notes(context: EvaluationContext) -> list[str]:
     ]
     if s.num_autoattack_images > 0:
         notes.append(
-            f"AutoAttack: APGD with {s.autoattack_steps} steps on the cross entropy, the same on the difference of "
-            f"logits ratio (DLR), then Square with {s.autoattack_queries} queries, each on what still stands. The "
-            "library has neither FAB nor the targeted APGD of the original."
+            f"AutoAttack: APGD with {s.autoattack_steps} steps on the cross entropy (a tenth of them before all of "
+            f"them), {s.autoattack_steps} on the difference of logits ratio (DLR), then Square with "
+            f"{s.autoattack_queries} queries on the margin, each on what still stands. The library has neither FAB nor "
+            "the targeted APGD of the original."
         )
     if s.plain is not None:
         notes.append(f"plain: {s.plain}, the same trunk trained by the cross entropy on clean images alone.")
@@ -243,19 +247,23 @@ def _curves(context: EvaluationContext, lines: list[Line]) -> list[Figure]:
             points = [context.with_interval(np.mean, r.astype(float), percent=True) for r in right]
             name = f"{model}, {attack}"
             series[name] = [point.value for point in points]
-            bands[name] = tuple(zip(*(point.interval or (point.value,) * 2 for point in points), strict=True))
+            if attack != "FGSM":
+                bands[name] = tuple(zip(*(point.interval or (point.value,) * 2 for point in points), strict=True))
         picture = plots.lines(eps, series, f"eps in {norm}{unit}", "accuracy", (-0.02, 1.02), bands)
-        caption = f"Accuracy against the size of the attack in {norm}, with 95 % intervals."
+        caption = f"Accuracy against the size of the attack in {norm}, with 95 % intervals of PGD."
         figures.append(Figure(f"accuracy_{norm}", caption, picture))
     return figures
 
 
-def _pictures(trial: Trial, attackers: dict[str, Attacker]) -> Figure:
-    """Some images, what PGD makes of them for each model, and the change."""
+def _pictures(trial: Trial, attackers: dict[str, Attacker], right: np.ndarray) -> list[Figure]:
+    """Some of the images that EGC gets right, what PGD makes of them for each model, and the change."""
+    candidates = trial.positions[right]
+    if len(candidates) == 0:
+        return []
     settings = trial.context.settings.robustness
     threat = Threat("l_inf", settings.check_eps_255 / 255)
-    chosen = np.unique(np.linspace(0, len(trial.positions) - 1, SHOWN_IMAGES).round().astype(int))
-    images, labels = trial.load(trial.positions[chosen])
+    chosen = np.unique(np.linspace(0, len(candidates) - 1, SHOWN_IMAGES).round().astype(int))
+    images, labels = trial.load(candidates[chosen])
     class_names = trial.context.class_names
     rows, names, sentences = [images], ["image"], []
     set_seed(trial.context.settings.seed)
@@ -270,7 +278,7 @@ def _pictures(trial: Trial, attackers: dict[str, Attacker]) -> Figure:
         f"Images under PGD-{settings.pgd_steps} at {threat}, and the change times {0.5 / threat.eps:.3g} around grey. "
         + " ".join(sentences)
     )
-    return Figure("images", caption, plots.image_grid(grid, names))
+    return [Figure("images", caption, plots.image_grid(grid, names))]
 
 
 # --- is the gradient honest? ----------------------------------------------------------------------------------------
@@ -297,7 +305,7 @@ def _checks(trial: Trial, attackers: dict[str, Attacker]) -> Table:
 
     monotone = all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(from_image.values()))
     rows = [
-        _check("more steps never help the defender", {f"{n} steps": v for n, v in from_image.items()}, monotone),
+        _check("more steps never help the defender", {f"PGD-{n}": v for n, v in from_image.items()}, monotone),
         _check(
             "the gradient at the image itself is no trap: a random start does not succeed more often",
             {"start at the image": still, "random start": random},

@@ -55,7 +55,7 @@ class RobustnessSettings:
     autoattack_linf_eps_255: float = within(4.0, 1e-3, 255.0)
     autoattack_l2_eps: float = within(0.5, 1e-3)
     autoattack_steps: int = within(100, 1)  # of each of the two APGD
-    autoattack_queries: int = within(1000, 1)  # of Square, for each image that still stands; the original has 5000
+    autoattack_queries: int = within(500, 1)  # of Square, for each image that still stands; the original has 5000
     num_check_images: int = within(100, 1)  # for the checks of gradient masking
     check_eps_255: float = within(4.0, 1e-3, 255.0)  # of the checks, the pictures and denoised classification
     check_steps: tuple[int, ...] = within((1, 5, 20, 100), 1)
