@@ -75,6 +75,13 @@ def test_bootstrap_keeps_rows_together():
     assert metric.interval == (0, 0)
 
 
+def test_bootstrap_keeps_strata():
+    """The mean within each stratum is constant, so every resample has the same mean."""
+    strata = np.array([0] * 30 + [1] * 3)
+    metric = bootstrapped(np.mean, strata.astype(float), num_resamples=50, seed=0, strata=strata)
+    assert metric.interval == pytest.approx((1 / 11, 1 / 11))
+
+
 # --- the metrics ----------------------------------------------------------------------------------------------------
 
 

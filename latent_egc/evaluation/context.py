@@ -168,11 +168,20 @@ class EvaluationContext:
         return torch.from_numpy(np.stack(draws)).float()
 
     def with_interval(
-        self, statistic: Callable[..., float], *samples: np.ndarray | torch.Tensor, percent: bool = False
+        self,
+        statistic: Callable[..., float],
+        *samples: np.ndarray | torch.Tensor,
+        percent: bool = False,
+        strata: np.ndarray | None = None,
     ) -> Metric:
         """`bootstrapped` with this evaluation's settings."""
         arrays = [sample.numpy() if torch.is_tensor(sample) else sample for sample in samples]
         settings = self.settings
         return bootstrapped(
-            statistic, *arrays, num_resamples=settings.num_resamples, seed=settings.seed, percent=percent
+            statistic,
+            *arrays,
+            num_resamples=settings.num_resamples,
+            seed=settings.seed,
+            percent=percent,
+            strata=strata,
         )

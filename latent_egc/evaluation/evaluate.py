@@ -17,17 +17,46 @@ from latent_egc.evaluation.calibration import evaluate_calibration
 from latent_egc.evaluation.classification import evaluate_classification
 from latent_egc.evaluation.context import EvaluationContext
 from latent_egc.evaluation.generation import evaluate_generation
+from latent_egc.evaluation.likelihood import evaluate_likelihood
+from latent_egc.evaluation.ood import evaluate_ood
 from latent_egc.evaluation.report import Report
 from latent_egc.evaluation.results import SuiteResult
 from latent_egc.evaluation.settings import EvaluationSettings
 from latent_egc.pipelines import EGCPipeline
 
+
+def _evaluate_robustness(context: EvaluationContext) -> SuiteResult:
+    # Only here: the library of attacks takes seconds to import, and the other suites do without it.
+    try:
+        from latent_egc.evaluation.robustness import evaluate_robustness
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
+        ) from error
+    return evaluate_robustness(context)
+
+
 SUITES: dict[str, Callable[[EvaluationContext], SuiteResult]] = {
     "classification": evaluate_classification,
     "calibration": evaluate_calibration,
     "generation": evaluate_generation,
+    "robustness": _evaluate_robustness,
+    "ood": evaluate_ood,
+    "likelihood": evaluate_likelihood,
 }
-PACKAGES = ("latent-egc", "torch", "diffusers", "accelerate", "numpy", "scipy", "scikit-learn", "torchmetrics")
+PACKAGES = (
+    "latent-egc",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "torchmetrics",
+    "adversarial-robustness-toolbox",
+)
 
 
 def evaluate(

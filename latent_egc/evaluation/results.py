@@ -73,7 +73,12 @@ class SuiteResult:
 
 
 def bootstrapped(
-    statistic: Callable[..., float], *samples: np.ndarray, num_resamples: int, seed: int, percent: bool = False
+    statistic: Callable[..., float],
+    *samples: np.ndarray,
+    num_resamples: int,
+    seed: int,
+    percent: bool = False,
+    strata: np.ndarray | None = None,
 ) -> Metric:
     """A statistic of all samples with its 95 % bootstrap percentile interval; rows are resampled together.
 
@@ -82,15 +87,19 @@ def bootstrapped(
         *samples: (N, ...) each, row i of all of them belonging together.
         num_resamples, seed: of the bootstrap.
         percent: as in `Metric`.
+        strata: (N,), rows are resampled within each value, so that every resample has as many of each; None: one.
     """
     value = float(statistic(*samples))
-    if len(samples[0]) < 2:
+    strata = np.zeros(len(samples[0])) if strata is None else strata
+    groups = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    if min(map(len, groups)) < 2:
         return Metric(value, None, percent)
     # Rows are resampled by number, so that samples of any shape stay whole.
     interval = scipy.stats.bootstrap(
-        (np.arange(len(samples[0])),),
-        lambda rows: statistic(*(sample[rows] for sample in samples)),
+        groups,
+        lambda *rows: statistic(*(sample[np.concatenate(rows)] for sample in samples)),
         vectorized=False,
+        paired=False,
         n_resamples=num_resamples,
         confidence_level=CONFIDENCE_LEVEL,
         method="percentile",

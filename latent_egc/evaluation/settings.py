@@ -42,6 +42,46 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
+class RobustnessSettings:
+    """Attacks on pixels in [0, 1]; an eps in l_inf is given in 1/255."""
+
+    num_images: int = within(500, 1)
+    linf_eps_255: tuple[float, ...] = within((1.0, 2.0, 4.0, 8.0), 1e-3, 255.0)
+    l2_eps: tuple[float, ...] = within((0.25, 0.5, 1.0), 1e-3)
+    pgd_steps: int = within(20, 1)
+    pgd_restarts: int = within(2, 1)  # random starts, each on the images that still stand
+    plain: str | None = None  # pipeline or run of a plainly trained classifier, attacked alike for comparison
+    num_autoattack_images: int = within(100, 0)  # 0: no AutoAttack
+    autoattack_linf_eps_255: float = within(4.0, 1e-3, 255.0)
+    autoattack_l2_eps: float = within(0.5, 1e-3)
+    autoattack_steps: int = within(100, 1)  # of each of the two APGD
+    autoattack_queries: int = within(500, 1)  # of Square, for each image that still stands; the original has 5000
+    num_check_images: int = within(100, 1)  # for the checks of gradient masking
+    check_eps_255: float = within(4.0, 1e-3, 255.0)  # of the checks, the pictures and denoised classification
+    check_steps: tuple[int, ...] = within((1, 5, 20, 100), 1)
+    num_denoise_images: int = within(50, 1)
+    denoise_timesteps: tuple[int, ...] = within((50, 150), 0)  # (): no denoised classification
+    denoise_draws: int = within(4, 1)  # of the noise, averaged in each forward pass
+
+
+@dataclass(frozen=True)
+class OODSettings:
+    """Detection of images from a second dataset."""
+
+    data: str | None = None  # YAML file whose data section describes it; its validation split is taken
+    num_images: int | None = within(None, 1)  # of it, drawn by the seed; null: all
+    timesteps: tuple[int, ...] = within((10, 50, 100, 200, 400), 0)  # noise levels at which the energy is read too
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """Density of the latents."""
+
+    num_images: int | None = within(200, 2)  # null: all that are evaluated
+    num_steps: int = within(40, 1)  # of Heun's method, two evaluations each
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """One evaluation."""
 
@@ -52,6 +92,9 @@ class EvaluationSettings:
     classification: ClassificationSettings = ClassificationSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     generation: GenerationSettings = GenerationSettings()
+    robustness: RobustnessSettings = RobustnessSettings()
+    ood: OODSettings = OODSettings()
+    likelihood: LikelihoodSettings = LikelihoodSettings()
 
     def of_suite(self, suite: str) -> dict[str, Any]:
         """The plain values that one suite's result depends on: those of every suite, and its own section."""

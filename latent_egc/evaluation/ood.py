@@ -1,0 +1,100 @@
+"""Suite `ood`: do energies and probabilities tell images of another dataset from those of the pipeline's own?
+
+Out-of-distribution is the positive class, and a higher score means more of it.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from latent_egc.config import ConfigError, load_data_config
+from latent_egc.data import load_splits
+from latent_egc.evaluation import plots
+from latent_egc.evaluation.context import EvaluationContext
+from latent_egc.evaluation.results import Figure, Metric, SuiteResult, Table
+
+
+def fpr_at_95(is_ood: np.ndarray, scores: np.ndarray) -> float:
+    """Share of out-of-distribution images accepted by the threshold that accepts 95 % of the others."""
+    threshold = np.quantile(scores[is_ood == 0], 0.95, method="inverted_cdf")
+    return float((scores[is_ood == 1] <= threshold).mean())
+
+
+def evaluate_ood(context: EvaluationContext) -> SuiteResult:
+    """AUROC, AUPR and FPR95 of the energy, the maximum probability, and the energy at several noise levels.
+
+    Raises:
+        ConfigError: no second dataset, or one that cannot be loaded, or a timestep out of range.
+    """
+    settings, num_timesteps = context.settings.ood, context.model.config.num_train_timesteps
+    if settings.data is None:
+        raise ConfigError("ood.data must name a YAML file whose data section describes a second dataset")
+    if max(settings.timesteps, default=0) >= num_timesteps:
+        raise ConfigError(f"ood.timesteps must be below {num_timesteps}, got {list(settings.timesteps)}")
+    data = replace(load_data_config(settings.data), image_size=context.pipeline.image_size)
+    table = load_splits(data, None).validation  # its labels play no part
+    rows = context.choose(np.arange(len(table)), settings.num_images)
+    other = context.encode(table, rows, "encode, out of distribution")
+
+    own_scores, other_scores = (_scores(context, latents) for latents in (context.latents, other))
+    is_ood = np.concatenate([np.zeros(len(context.latents)), np.ones(len(other))])
+    metrics, cells, auroc_by_timestep = {}, [], []
+    for name, own in own_scores.items():
+        scores = np.concatenate([own, other_scores[name]])
+        auroc = context.with_interval(roc_auc_score, is_ood, scores, percent=True, strata=is_ood)
+        metrics[f"AUROC, {name}"] = auroc
+        if "timestep" in name:
+            auroc_by_timestep.append(auroc)
+        aupr = Metric(float(average_precision_score(is_ood, scores)), percent=True)
+        cells.append([name, auroc, aupr, Metric(fpr_at_95(is_ood, scores), percent=True)])
+    figures = _figures(context, own_scores, other_scores, auroc_by_timestep)
+    return SuiteResult(
+        num_samples=len(is_ood),
+        metrics=metrics,
+        tables=[Table("Detection", ["score", "AUROC", "AUPR", "FPR95"], cells)],
+        figures=figures,
+        notes=[
+            f"{len(context.latents)} images of the pipeline's validation split against {len(other)} of {settings.data} "
+            f"({data.dataset}), out-of-distribution being the positive class; by chance AUROC is 50 %, AUPR "
+            f"{100 * len(other) / len(is_ood):.1f} %, FPR95 95 %.",
+            f"Both are brought to {context.pipeline.image_size} px; where one is enlarged for that, its smoothness is "
+            "a cue too. The energy at a timestep is that of latents noised to it, with one draw of noise an image.",
+        ],
+    )
+
+
+def _scores(context: EvaluationContext, latents: torch.Tensor) -> dict[str, np.ndarray]:
+    """Name -> (M,), higher = less like the pipeline's own images."""
+    energy, logits = context.energies_and_logits(latents, 0)
+    scores = {"energy, clean latents": energy.numpy()}
+    if context.num_classes is not None:
+        scores["maximum probability"] = -logits.softmax(dim=1).amax(dim=1).numpy()
+    for timestep in context.settings.ood.timesteps:
+        noised, _ = context.energies_and_logits(latents, timestep, noised=True)
+        scores[f"energy at timestep {timestep}"] = noised.numpy()
+    return scores
+
+
+def _figures(
+    context: EvaluationContext,
+    own: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    auroc_by_timestep: list[Metric],
+) -> list[Figure]:
+    figures = []
+    for i, name in enumerate(list(own)[:2]):
+        picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, name)
+        figures.append(Figure(f"scores_{i}", f"Score of both datasets: {name} (higher = stranger).", picture))
+    if len(auroc_by_timestep) > 1:
+        picture = plots.lines(
+            context.settings.ood.timesteps,
+            {"energy of noised latents": [metric.value for metric in auroc_by_timestep]},
+            "timestep",
+            "AUROC",
+            (0, 1.02),
+            level=(0.5, "chance"),
+        )
+        figures.append(Figure("timesteps", "AUROC of the energy against the noise level.", picture))
+    return figures
