@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from latent_egc.data import central_view
 from latent_egc.evaluation import plots
@@ -28,7 +29,8 @@ def evaluate_corruption(context: EvaluationContext) -> SuiteResult:
     rows, labels = context.rows[positions], context.labels[positions, None]
     clean = _predictions(context, rows, lambda row, pixels: [pixels], "no corruption") != labels
     wrong = [
-        _predictions(context, rows, functools.partial(_series, context, name), name) != labels for name in FUNCTIONS
+        _predictions(context, rows, functools.partial(_series, context, name), name) != labels
+        for name in tqdm(FUNCTIONS, desc="corruptions", leave=False, disable=not context.accelerator.is_main_process)
     ]
     wrong = np.stack(wrong, axis=1)  # (images, corruptions, severities)
     kinds = np.array([kind for kind, group in CATEGORIES.items() for _ in group])

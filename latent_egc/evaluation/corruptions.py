@@ -266,7 +266,7 @@ def frost(x: np.ndarray, rng: np.random.Generator, weight: float, frost_weight: 
     The original adds crops of five photographs of frost. This texture is ours: the ridges of a fractal, with the
     photographs' mean colour and a contrast like theirs.
     """
-    ridges = -abs(_plasma(len(x), 1.5, rng) - 0.5)
+    ridges = -abs(_plasma(len(x), 1.3, rng) - 0.5)
     ridges = (ridges - ridges.mean()) / ridges.std()
     texture = np.array([0.57, 0.66, 0.70]) + 0.1 * ridges[:, :, None]
     return weight * x + frost_weight * texture.clip(0, 1)

@@ -89,6 +89,7 @@ def evaluate_likelihood(context: EvaluationContext) -> SuiteResult:
     positions = context.choose(np.arange(len(context.rows)), settings.num_images)
     latents, device, seed = context.latents[positions], context.accelerator.device, context.settings.seed
     alpha, sigma = model.noise_levels(torch.tensor(0, device=device))
+    num_dimensions = latents[0].numel()
 
     def densities(batch: range) -> torch.Tensor:
         clean = latents[list(batch)].to(device)
@@ -100,7 +101,6 @@ def evaluate_likelihood(context: EvaluationContext) -> SuiteResult:
         found = log_density(model, noisy, torch.from_numpy(signs).to(clean), settings.num_steps)
         return torch.stack([found, normal], dim=1)
 
-    num_dimensions = latents[0].numel()
     log_densities = context.over(len(latents), densities, "likelihood").numpy()
     bits, normal_bits = -log_densities.T / (num_dimensions * math.log(2))
     picture = plots.histograms({"the model": bits, "N(0, I)": normal_bits}, "bits per dimension of the latent")
