@@ -193,10 +193,10 @@ def test_files_are_pillows(scene):
 
 
 def test_suite_by_hand(evaluation_context):
-    context = evaluation_context("corruption.num_images=3", "batch_size=2")
+    context = evaluation_context("corruption.num_images=2")
     result = evaluate_corruption(context)
-    assert result.num_samples == 3
-    rows = context.choose(context.rows, 3)
+    assert result.num_samples == 2
+    rows = context.choose(context.rows, 2)
     names = [context.class_names[label] for label in context.splits.validation.labels[rows]]
 
     def errors(name: str | None) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
+from tqdm.auto import tqdm
 
 from latent_egc.config import ConfigError, load_data_config
 from latent_egc.data import load_splits
@@ -50,7 +51,9 @@ def evaluate_ood(context: EvaluationContext) -> SuiteResult:
             )
             for title, statistic in STATISTICS.items()
         }
-        for name, own in own_scores.items()
+        for name, own in tqdm(
+            own_scores.items(), desc="resample", leave=False, disable=not context.accelerator.is_main_process
+        )
     }
     return SuiteResult(
         num_samples=len(is_ood),
