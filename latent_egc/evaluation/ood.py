@@ -76,7 +76,7 @@ def _scores(context: EvaluationContext, latents: torch.Tensor) -> dict[str, np.n
     scores = {"energy, clean latents": energy.numpy()}
     if context.num_classes is not None:
         # In float64: in float32 every confident image would have probability 1.
-        scores["maximum probability"] = -logits.double().softmax(dim=1).amax(dim=1).numpy()
+        scores["maximum probability"] = 1 - logits.double().softmax(dim=1).amax(dim=1).numpy()
     for timestep in context.settings.ood.timesteps:
         noised, _ = context.energies_and_logits(latents, timestep, noised=True)
         scores[f"energy at timestep {timestep}"] = noised.numpy()
@@ -91,8 +91,14 @@ def _figures(
 ) -> list[Figure]:
     figures = []
     for i, name in enumerate(list(own)[:2]):
-        picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, name)
-        figures.append(Figure(f"scores_{i}", f"Score of both datasets: {name} (higher = stranger).", picture))
+        picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, f"score by {name}")
+        figures.append(
+            Figure(
+                f"scores_{i}",
+                f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1).",
+                picture,
+            )
+        )
     timesteps = context.settings.ood.timesteps
     if len(timesteps) > 1:
         aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]

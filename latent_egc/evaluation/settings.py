@@ -68,7 +68,7 @@ class RobustnessSettings:
 class CorruptionSettings:
     """The 15 common corruptions at 5 severities."""
 
-    num_images: int | None = within(200, 1)  # each is corrupted, encoded and classified 75 times; null: all
+    num_images: int | None = within(200, 1)  # each is encoded and classified 76 times; null: all
 
 
 @dataclass(frozen=True)
