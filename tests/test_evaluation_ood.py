@@ -5,6 +5,7 @@ import pytest
 import sklearn.metrics
 import yaml
 from conftest import write_images
+from PIL import Image, ImageOps
 
 from latent_egc.config import ConfigError, load_data_config
 from latent_egc.data import load_splits
@@ -13,8 +14,10 @@ from latent_egc.evaluation.ood import evaluate_ood, fpr_at_95
 
 @pytest.fixture
 def other(tmp_path) -> str:
-    """A data file for 4 brighter images of other classes."""
+    """A data file for 4 images of other classes: negatives, or they would be the very images of the first folder."""
     write_images(tmp_path / "other", classes=("sun", "snow"), per_class=6)
+    for path in (tmp_path / "other").rglob("*.png"):
+        ImageOps.invert(Image.open(path)).save(path)
     data = {"dataset": "imagefolder", "data_dir": str(tmp_path / "other"), "validation_fraction": 1 / 3}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"data": data}))
     return f"ood.data={tmp_path / 'other.yaml'}"
@@ -39,7 +42,7 @@ def test_suite_by_hand(evaluation_context, other):
     strange = context.pipeline.classify([table.image(i) for i in range(4)])
     scores = {
         "energy, clean latents": (energies, strange.energy),
-        "maximum probability": (-logits.softmax(1).amax(1), -strange.probabilities.amax(1)),
+        "maximum probability": tuple(-x.double().softmax(1).amax(1) for x in (logits, strange.logits)),
     }
     for (name, (own, others)), row in zip(scores.items(), result.tables[0].rows, strict=False):
         # AUROC is the probability of the right order, a tie being half of it.
@@ -47,8 +50,12 @@ def test_suite_by_hand(evaluation_context, other):
         assert result.metrics[f"AUROC, {name}"].value == pytest.approx(float(wins))
         values = np.concatenate([own.numpy(), others.numpy()])
         expected = sklearn.metrics.average_precision_score([0] * 7 + [1] * 4, values)
-        assert row[2].value == pytest.approx(expected)
-    assert list(result.metrics)[2] == "AUROC, energy at timestep 100"
+        assert result.metrics[f"AUPR, {name}"].value == pytest.approx(expected)
+        # All 7 own scores lie below the threshold that accepts at least 95 % of them.
+        expected = (others <= own.max()).double().mean()
+        assert result.metrics[f"FPR95, {name}"].value == pytest.approx(float(expected))
+        assert row == [name, *(result.metrics[f"{title}, {name}"] for title in ("AUROC", "AUPR", "FPR95"))]
+    assert list(result.metrics)[6] == "AUROC, energy at timestep 100"
 
 
 def test_unlabelled_pipelines_have_an_energy_too(evaluation_context, other):

@@ -16,6 +16,7 @@ from latent_egc.config import ConfigError, DataConfig
 from latent_egc.evaluation.calibration import evaluate_calibration
 from latent_egc.evaluation.classification import evaluate_classification
 from latent_egc.evaluation.context import EvaluationContext
+from latent_egc.evaluation.corruption import evaluate_corruption
 from latent_egc.evaluation.generation import evaluate_generation
 from latent_egc.evaluation.likelihood import evaluate_likelihood
 from latent_egc.evaluation.ood import evaluate_ood
@@ -41,6 +42,7 @@ SUITES: dict[str, Callable[[EvaluationContext], SuiteResult]] = {
     "calibration": evaluate_calibration,
     "generation": evaluate_generation,
     "robustness": _evaluate_robustness,
+    "corruption": evaluate_corruption,
     "ood": evaluate_ood,
     "likelihood": evaluate_likelihood,
 }

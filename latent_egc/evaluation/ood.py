@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
+from tqdm.auto import tqdm
 
 from latent_egc.config import ConfigError, load_data_config
 from latent_egc.data import load_splits
@@ -20,6 +21,9 @@ def fpr_at_95(is_ood: np.ndarray, scores: np.ndarray) -> float:
     """Share of out-of-distribution images accepted by the threshold that accepts 95 % of the others."""
     threshold = np.quantile(scores[is_ood == 0], 0.95, method="inverted_cdf")
     return float((scores[is_ood == 1] <= threshold).mean())
+
+
+STATISTICS = {"AUROC": roc_auc_score, "AUPR": average_precision_score, "FPR95": fpr_at_95}
 
 
 def evaluate_ood(context: EvaluationContext) -> SuiteResult:
@@ -40,21 +44,22 @@ def evaluate_ood(context: EvaluationContext) -> SuiteResult:
 
     own_scores, other_scores = (_scores(context, latents) for latents in (context.latents, other))
     is_ood = np.concatenate([np.zeros(len(context.latents)), np.ones(len(other))])
-    metrics, cells, auroc_by_timestep = {}, [], []
-    for name, own in own_scores.items():
-        scores = np.concatenate([own, other_scores[name]])
-        auroc = context.with_interval(roc_auc_score, is_ood, scores, percent=True, strata=is_ood)
-        metrics[f"AUROC, {name}"] = auroc
-        if "timestep" in name:
-            auroc_by_timestep.append(auroc)
-        aupr = Metric(float(average_precision_score(is_ood, scores)), percent=True)
-        cells.append([name, auroc, aupr, Metric(fpr_at_95(is_ood, scores), percent=True)])
-    figures = _figures(context, own_scores, other_scores, auroc_by_timestep)
+    found = {
+        name: {
+            title: context.with_interval(
+                statistic, is_ood, np.concatenate([own, other_scores[name]]), percent=True, strata=is_ood
+            )
+            for title, statistic in STATISTICS.items()
+        }
+        for name, own in tqdm(
+            own_scores.items(), desc="resample", leave=False, disable=not context.accelerator.is_main_process
+        )
+    }
     return SuiteResult(
         num_samples=len(is_ood),
-        metrics=metrics,
-        tables=[Table("Detection", ["score", "AUROC", "AUPR", "FPR95"], cells)],
-        figures=figures,
+        metrics={f"{title}, {name}": metric for name, row in found.items() for title, metric in row.items()},
+        tables=[Table("Detection", ["score", *STATISTICS], [[name, *row.values()] for name, row in found.items()])],
+        figures=_figures(context, own_scores, other_scores, found),
         notes=[
             f"{len(context.latents)} images of the pipeline's validation split against {len(other)} of {settings.data} "
             f"({data.dataset}), out-of-distribution being the positive class; by chance AUROC is 50 %, AUPR "
@@ -70,7 +75,8 @@ def _scores(context: EvaluationContext, latents: torch.Tensor) -> dict[str, np.n
     energy, logits = context.energies_and_logits(latents, 0)
     scores = {"energy, clean latents": energy.numpy()}
     if context.num_classes is not None:
-        scores["maximum probability"] = -logits.softmax(dim=1).amax(dim=1).numpy()
+        # In float64: in float32 every confident image would have probability 1.
+        scores["maximum probability"] = 1 - logits.double().softmax(dim=1).amax(dim=1).numpy()
     for timestep in context.settings.ood.timesteps:
         noised, _ = context.energies_and_logits(latents, timestep, noised=True)
         scores[f"energy at timestep {timestep}"] = noised.numpy()
@@ -81,20 +87,31 @@ def _figures(
     context: EvaluationContext,
     own: dict[str, np.ndarray],
     other: dict[str, np.ndarray],
-    auroc_by_timestep: list[Metric],
+    found: dict[str, dict[str, Metric]],
 ) -> list[Figure]:
     figures = []
     for i, name in enumerate(list(own)[:2]):
-        picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, name)
-        figures.append(Figure(f"scores_{i}", f"Score of both datasets: {name} (higher = stranger).", picture))
-    if len(auroc_by_timestep) > 1:
+        picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, f"score by {name}")
+        figures.append(
+            Figure(
+                f"scores_{i}",
+                f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1).",
+                picture,
+            )
+        )
+    timesteps = context.settings.ood.timesteps
+    if len(timesteps) > 1:
+        aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]
+        curve = "energy of noised latents"
         picture = plots.lines(
-            context.settings.ood.timesteps,
-            {"energy of noised latents": [metric.value for metric in auroc_by_timestep]},
+            timesteps,
+            {curve: [auroc.value for auroc in aurocs]},
             "timestep",
             "AUROC",
             (0, 1.02),
-            level=(0.5, "chance"),
+            {curve: tuple(zip(*(auroc.interval or (auroc.value,) * 2 for auroc in aurocs), strict=True))},
+            (0.5, "chance"),
         )
-        figures.append(Figure("timesteps", "AUROC of the energy against the noise level.", picture))
+        caption = "AUROC of the energy against the noise level, with 95 % intervals."
+        figures.append(Figure("timesteps", caption, picture))
     return figures

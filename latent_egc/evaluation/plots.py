@@ -68,7 +68,8 @@ def lines(
 def histograms(values: Mapping[str, np.ndarray], x_name: str) -> bytes:
     """Overlaid histograms of the same quantity for several sets."""
     figure, axes = _axes()
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=50)
+    together = np.concatenate(list(values.values()))
+    edges = np.histogram_bin_edges(together, bins=min(50, max(10, len(together) // 10)))
     for name, sample in values.items():
         axes.hist(sample, edges, density=True, alpha=0.55, label=name)
     axes.set(xlabel=x_name, ylabel="density")

@@ -65,6 +65,13 @@ class RobustnessSettings:
 
 
 @dataclass(frozen=True)
+class CorruptionSettings:
+    """The 15 common corruptions at 5 severities."""
+
+    num_images: int | None = within(200, 1)  # each is encoded and classified 76 times; null: all
+
+
+@dataclass(frozen=True)
 class OODSettings:
     """Detection of images from a second dataset."""
 
@@ -78,7 +85,7 @@ class LikelihoodSettings:
     """Density of the latents."""
 
     num_images: int | None = within(200, 2)  # null: all that are evaluated
-    num_steps: int = within(40, 1)  # of Heun's method, two evaluations each
+    num_steps: int = within(60, 1)  # of Heun's method, each one gradient and one divergence of the batch
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class EvaluationSettings:
     calibration: CalibrationSettings = CalibrationSettings()
     generation: GenerationSettings = GenerationSettings()
     robustness: RobustnessSettings = RobustnessSettings()
+    corruption: CorruptionSettings = CorruptionSettings()
     ood: OODSettings = OODSettings()
     likelihood: LikelihoodSettings = LikelihoodSettings()
 
