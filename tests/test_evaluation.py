@@ -20,6 +20,7 @@ from latent_egc.config import ConfigError
 from latent_egc.evaluation import bootstrapped, evaluate, parse_settings
 from latent_egc.evaluation.calibration import evaluate_calibration, fit_temperature, reliability_bins
 from latent_egc.evaluation.classification import evaluate_classification
+from latent_egc.evaluation.results import Metric, SuiteResult
 
 FAST = ["num_resamples=20", "classification.num_timesteps=2"]
 
@@ -200,6 +201,16 @@ def test_report_survives_a_kill_and_goes_on(run, tmp_path, monkeypatch, capsys):
     assert report.content["suites"]["classification"] == first["suites"]["classification"]
     run(["classification", "calibration"], "calibration.num_bins=10")
     assert capsys.readouterr().out.count("already in the report") == 1
+
+
+def test_a_suite_is_measured_again_when_a_file_it_reads_has_changed(run, tmp_path, monkeypatch):
+    module, calls = sys.modules["latent_egc.evaluation.evaluate"], []
+    monkeypatch.setitem(module.SUITES, "ood", lambda context: calls.append(1) or SuiteResult(1, {"n": Metric(1.0)}))
+    data_file = tmp_path / "other.yaml"
+    for text in ("data: {}", "data: {}", "data: {image_size: 32}"):
+        data_file.write_text(text)
+        run(["ood"], f"ood.data={data_file}")
+    assert len(calls) == 2
 
 
 def test_report_says_how_it_was_measured(run):

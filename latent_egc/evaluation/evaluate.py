@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -99,8 +100,9 @@ def evaluate(
     report = Report(Path(folder), _subject(name, pipeline, data, accelerator))
     context = EvaluationContext(pipeline, data, settings, accelerator)
     for suite in dict.fromkeys(suites):
-        # The images decide every suite's numbers, so they are among its settings.
-        suite_settings = settings.of_suite(suite) | {"data": dataclasses.asdict(context.data)}
+        # The images decide every suite's numbers, so they are among its settings; so does what named files hold.
+        suite_settings = settings.of_suite(suite)
+        suite_settings |= {"data": dataclasses.asdict(context.data), "files": _digests(suite_settings[suite])}
         finished = report.holds(suite, suite_settings)
         accelerator.wait_for_everyone()  # no process looks after the main one has written
         if finished:
@@ -126,6 +128,13 @@ def _subject(name: str, pipeline: EGCPipeline, data: DataConfig, accelerator: Ac
         "dataset": f"{data.dataset}, validation split",
         "device": f"{accelerator.num_processes} process(es) on {accelerator.device.type}",
     }
+
+
+def _digests(section: dict[str, Any]) -> dict[str, str]:
+    """Path -> SHA-256 of every file that a suite's section of the settings names: weights, a data file."""
+    values = [v for value in section.values() for v in (value if isinstance(value, tuple) else (value,))]
+    files = [Path(value) for value in values if isinstance(value, str) and Path(value).is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _versions() -> dict[str, str]:
