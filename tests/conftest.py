@@ -131,7 +131,7 @@ FAST_PROBE = ["timesteps=[0,90]", "poolings=[1,2]", "num_resamples=20", "linear.
 
 @pytest.fixture
 def probe_context(tmp_path, monkeypatch):
-    """A function: settings as overrides, a denoiser (default: the tiny pipeline's) -> context with its features."""
+    """A function: settings as overrides, a denoiser (default: the tiny one) -> a ProbeContext on 14 + 7 images."""
     from latent_egc.probing import load_denoiser, parse_settings
     from latent_egc.probing.context import ProbeContext
 

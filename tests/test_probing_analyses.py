@@ -1,9 +1,11 @@
 """The probe's analyses: every number against an independent computation; the report; the command line."""
 
 import json
+import shutil
 import sys
 from itertools import pairwise
 
+import datasets
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -15,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from test_probing import tiny_unet2d
 from test_training import fresh_accelerator  # noqa: F401
 
+from latent_egc import EGCPipeline
 from latent_egc.cli import main
 from latent_egc.config import ConfigError
 from latent_egc.probing import parse_settings, probe
@@ -264,18 +267,28 @@ def test_few_shot_accuracy(probe_context):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_fine_tuning_learns_the_shots(probe_context):
-    """From the pipeline's weights, through `train`; three classes of three brightnesses are soon told apart."""
-    overrides = ["few_shot.shots=[4]", "few_shot.draws=1", "block=mid.0", "timestep=0", "pooling=1"]
-    overrides += ["few_shot.finetune_classification_weight=1.0", "few_shot.finetune_learning_rate=0.003"]
-    probe = probe_context(*overrides, "few_shot.finetune_steps=40", "few_shot.finetune_batch_size=6")
-    result = analyse_few_shot(probe)
-    assert values(result)["fine-tuned, 4 a class"] > 0.8
+def test_fine_tuning_starts_from_the_pipeline_and_sees_the_shots(probe_context, tmp_path):
+    """On a dataset of two classes: the layers that do not depend on them are the pipeline's, moved by two steps."""
+    shutil.rmtree(tmp_path / "images" / "dog", ignore_errors=True)
+    overrides = ["few_shot.shots=[3]", "few_shot.draws=1", "block=mid.0", "timestep=0", "pooling=1"]
+    probe = probe_context(*overrides, "few_shot.finetune_steps=2", "few_shot.finetune_batch_size=6")
+    with pytest.warns(UserWarning, match="freshly initialised are"):
+        result = analyse_few_shot(probe)
     (run,) = probe.cache.folder.glob("finetuned_*/run")
-    written = yaml.safe_load((run / "config.yaml").read_text())
-    assert written["model"]["init_from"] == probe.denoiser.source
-    images = yaml.safe_load((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert images["step"] == 40
+    tuned = EGCPipeline.from_pretrained(run / "pipeline")
+    images = [probe.splits.validation.image(row) for row in range(len(probe.labels))]
+    names = [probe.class_names[label] for label in probe.labels]
+    accuracy = np.mean([found == [name] for found, name in zip(tuned.classify(images).labels, names, strict=True)])
+    assert values(result)["fine-tuned, 3 a class"] == pytest.approx(accuracy)
+    assert tuned.id2label == {0: "cat", 1: "cow"}
+    weights, before = tuned.energy_model.state_dict(), probe.denoiser.network.state_dict()
+    moved = (weights["mid_blocks.0.resnet.conv1.weight"] - before["mid_blocks.0.resnet.conv1.weight"]).abs()
+    assert 0 < moved.max() < 1e-3
+    shots = datasets.Dataset.from_parquet(str(run.parent / "train.parquet"))
+    chosen = draw_shots(probe.train_labels, 3, 2, seed=0)
+    assert sorted(shots["label"]) == [0] * 3 + [1] * 3
+    found = {np.asarray(image).tobytes() for image in shots["image"]}
+    assert found == {np.asarray(probe.splits.train.image(row)).tobytes() for row in chosen}
 
 
 # --- the report and the command line --------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from latent_egc.config import ConfigError, apply_overrides, parse_dataclass, wit
 class LinearSettings:
     """The linear probe: logistic regression by L-BFGS on standardised features."""
 
-    c: tuple[float, ...] = within((1e-4, 1e-3, 1e-2), 1e-12)  # inverse strengths of the L2 penalty to choose from
+    c: tuple[float, ...] = within((1e-3, 1e-2, 1e-1), 1e-12)  # inverse strengths of the L2 penalty to choose from
     held_out: float = within(0.2, 0.01, 0.9)  # share of the training rows that chooses c, and the best cell
     max_iter: int = within(100, 1)
 
