@@ -32,7 +32,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def lines(
-    x: Sequence[float],
+    x: Sequence[float] | Sequence[str],
     series: Mapping[str, Sequence[float]],
     x_name: str,
     y_name: str,
@@ -43,7 +43,7 @@ def lines(
     """Curves over one axis.
 
     Args:
-        x: positions of the points.
+        x: positions of the points, or their names.
         series: name -> values at `x`.
         x_name, y_name: the axes' names.
         y_limits: of the vertical axis, None: by the data.

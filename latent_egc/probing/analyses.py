@@ -63,7 +63,9 @@ def analyse_pooling(context: ProbeContext) -> SuiteResult:
     name = f"{chosen.block}, timestep {chosen.timestep}"
     bands = {name: tuple(zip(*(metric.interval for metric in metrics.values()), strict=True))}
     values = {name: [score.accuracy for score in scores.values()]}
-    picture = plots.lines([p.pooling for p in scores], values, "p, maps pooled to p x p", "accuracy", None, bands)
+    picture = plots.lines(
+        [f"{p.pooling} x {p.pooling}" for p in scores], values, "map averaged to", "accuracy", None, bands
+    )
     rows = [[p.pooling, context.features("validation", p)[0].size, metrics[f"linear probe at {p}"]] for p in scores]
     return SuiteResult(
         num_samples=len(context.labels),
