@@ -1,4 +1,4 @@
-"""The command line: latent-egc encode | train | sample | classify | evaluate | info | export | convert | benchmark."""
+"""The command line: encode | train | sample | classify | evaluate | probe | info | export | convert | benchmark."""
 
 import argparse
 import json
@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         "latent-egc evaluate runs/quickstart --suite classification,calibration --set num_images=200",
     )
     _add_evaluate_arguments(evaluate)
+
+    probe = verb(
+        "probe",
+        "Measure what a frozen denoiser's features know of the classes, by block and timestep, into one report.",
+        "latent-egc probe runs/quickstart --analysis heatmap,pooling --set timesteps=[30,90]",
+    )
+    _add_probe_arguments(probe)
 
     info = verb("info", "Say what a pipeline holds.", "latent-egc info runs/quickstart")
     info.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
@@ -177,6 +184,39 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pipeline",
+        help="a run's folder, or a folder or Hub id of a pipeline or network: energy network, UNet2DModel, DiT",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="CONFIG",
+        help="a YAML file with a data section, whose classes may be any; default: the run's own config.yaml",
+    )
+    parser.add_argument(
+        "--analysis",
+        default="heatmap,pooling,heads",
+        help="one or more of heatmap, pooling, heads, cka, fusion, few_shot, comparison, with commas "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="folder of the report and of the feature cache, which takes rows x channels of all blocks x p x p x 2 "
+        "bytes a timestep (default: probe, in the run's folder)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY.SUB=VALUE",
+        help="settings such as num_train_images=5000; all are in latent_egc/probing/settings.py",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; errors that a user can mend are printed without a traceback and give exit status 2."""
     options = _parser().parse_args(arguments)
@@ -186,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sample": _sample,
         "classify": _classify,
         "evaluate": _evaluate,
+        "probe": _probe,
         "info": _info,
         "export": _export,
         "convert": _convert,
@@ -328,11 +369,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     features = [f"generation.features={json.dumps(options.features)}"] if options.features else []
     settings = parse_settings([*features, *options.set])
-    own_config = Path(options.pipeline) / "config.yaml"
-    if options.data is None and not own_config.is_file():
-        raise ConfigError(
-            f"--data: {options.pipeline} is no run with a config.yaml; name a YAML file that has a data section"
-        )
+    own_config = _own_config(options)
     data = load_data_config(options.data or own_config)
     accelerator = Accelerator()
     report = evaluate(
@@ -345,6 +382,42 @@ def _evaluate(options: argparse.Namespace) -> None:
         accelerator,
     )
     if accelerator.is_main_process:
+        print(f"\n{report.table()}\n\nreport: {report.folder / 'report.html'}")
+
+
+def _own_config(options: argparse.Namespace) -> Path:
+    """Where a run keeps its config.yaml. Raises ConfigError where neither it nor --data says what the images are."""
+    own_config = Path(options.pipeline) / "config.yaml"
+    if options.data is None and not own_config.is_file():
+        raise ConfigError(
+            f"--data: {options.pipeline} is no run with a config.yaml; name a YAML file that has a data section"
+        )
+    return own_config
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from accelerate import Accelerator
+
+    from latent_egc.config import load_data_config
+
+    try:
+        from latent_egc.probing import load_denoiser, parse_settings, probe
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"probe needs more packages ({error}): pip install 'latent-egc[eval]'") from error
+
+    settings = parse_settings(options.set)
+    own_config = _own_config(options)
+    data = load_data_config(options.data or own_config)
+    accelerator = Accelerator()
+    report = probe(
+        load_denoiser(options.pipeline, accelerator.device),
+        data,
+        options.analysis.split(","),
+        options.output or (own_config.parent if own_config.is_file() else Path()) / "probe",
+        settings,
+        accelerator,
+    )
+    if report is not None:
         print(f"\n{report.table()}\n\nreport: {report.folder / 'report.html'}")
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -96,12 +97,12 @@ class Splits:
     class_names: list[str]  # empty for an unlabelled model
 
 
-def load_splits(config: DataConfig, num_classes: int | None) -> Splits:
+def load_splits(config: DataConfig, num_classes: int | Literal["any"] | None) -> Splits:
     """Loads the dataset, finds its columns, splits it and checks its labels.
 
     Args:
         config: where the images are.
-        num_classes: K of the model; None ignores labels.
+        num_classes: K of the model; "any": as many as the labels have; None ignores labels.
 
     Raises:
         ConfigError: no such dataset, split or column, no image, labels out of [-1, K), or a class count that is not K.
@@ -183,15 +184,19 @@ def _find_column(rows: datasets.Dataset, key: str, wanted: str | None, usual: tu
     return named[0]
 
 
-def _class_names(rows: datasets.Dataset, column: str, num_classes: int) -> list[str]:
+def _class_names(rows: datasets.Dataset, column: str, num_classes: int | Literal["any"]) -> list[str]:
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif getattr(feature, "dtype", None) == "string":
         names = sorted(set(rows[column]) - {None})
+    elif num_classes == "any":
+        # Wrong labels are left to the check that names their row.
+        known = [v for v in rows[column] if isinstance(v, (int, float)) and v == v]
+        names = [str(i) for i in range(int(max(known, default=-1)) + 1)]
     else:
         names = [str(i) for i in range(num_classes)]
-    if len(names) != num_classes:
+    if num_classes not in ("any", len(names)):
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise ConfigError(
             f"model.num_classes={num_classes}, but the label column {column!r} has {len(names)} classes: {shown}"

@@ -92,7 +92,7 @@ def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
     record = _identity(config, vae) | {
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
-        "content": _content_digest(splits),
+        "content": content_digest(splits),
         "class_names": splits.class_names,
         "images_per_shard": IMAGES_PER_SHARD,
     }
@@ -260,7 +260,7 @@ def _identity(config: Config, vae: ModelMixin) -> dict[str, Any]:
     return values | {"autoencoder": fingerprint(vae), "labelled": config.model.arguments["num_classes"] is not None}
 
 
-def _content_digest(splits: Splits) -> str:
+def content_digest(splits: Splits) -> str:
     """Of all labels and three images a split: another dataset in the same place is noticed before shards are mixed."""
     digest = hashlib.sha256()
     for table in (splits.train, splits.validation):

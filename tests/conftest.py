@@ -124,3 +124,26 @@ def evaluation_context(tmp_path, monkeypatch):
         )
 
     return make
+
+
+FAST_PROBE = ["timesteps=[0,90]", "poolings=[1,2]", "num_resamples=20", "linear.c=[0.01]", "linear.held_out=0.3"]
+
+
+@pytest.fixture
+def probe_context(tmp_path, monkeypatch):
+    """A function: settings as overrides, a denoiser (default: the tiny one) -> a ProbeContext on 14 + 7 images."""
+    from latent_egc.probing import load_denoiser, parse_settings
+    from latent_egc.probing.context import ProbeContext
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    tiny_pipeline(names=("cat", "cow", "dog")).save_pretrained(tmp_path / "pipeline")
+    data = write_images(tmp_path / "images")
+
+    def make(*overrides: str, denoiser=None, extract: bool = True):
+        denoiser = denoiser or load_denoiser(str(tmp_path / "pipeline"))
+        context = ProbeContext(denoiser, data, parse_settings([*FAST_PROBE, *overrides]), tmp_path / "features")
+        if extract:
+            context.cache.extract(context.settings.timesteps, Accelerator(cpu=True))
+        return context
+
+    return make

@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "autoencoders", "data", "objective"},
     {"latent_cache", "validation", "figures", "run_folder", "hub", "convert", "warm_start"}
     | {"measurement", "benchmark", "evaluation"},
-    {"training"},
+    {"training", "probing"},
     {"cli"},
 ]
 # What travels to the Hub imports nothing that a machine with diffusers alone has not.

@@ -32,7 +32,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def lines(
-    x: Sequence[float],
+    x: Sequence[float] | Sequence[str],
     series: Mapping[str, Sequence[float]],
     x_name: str,
     y_name: str,
@@ -43,7 +43,7 @@ def lines(
     """Curves over one axis.
 
     Args:
-        x: positions of the points.
+        x: positions of the points, or their names.
         series: name -> values at `x`.
         x_name, y_name: the axes' names.
         y_limits: of the vertical axis, None: by the data.
@@ -92,6 +92,44 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
         for row, column in np.argwhere(counts > 0):
             color = "white" if shares[row, column] > 0.55 else "0.25"
             axes.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+    return _png(figure)
+
+
+def heat_map(
+    values: np.ndarray,
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    names: tuple[str, str, str],
+    marked: tuple[int, int] | None = None,
+    decimals: int = 1,
+) -> bytes:
+    """A matrix as coloured, numbered cells.
+
+    Args:
+        values: (R, C).
+        row_names, column_names: R and C of them.
+        names: of the rows' axis, the columns' axis and the values.
+        marked: row and column of a cell that is framed.
+        decimals: of the numbers in the cells.
+    """
+    num_rows, num_columns = values.shape
+    figure, axes = plt.subplots(
+        figsize=(min(12.0, 2.6 + 0.56 * num_columns), min(12.0, 1.4 + 0.34 * num_rows)), layout="constrained"
+    )
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    figure.colorbar(image, ax=axes, label=names[2])
+    axes.set(ylabel=names[0], xlabel=names[1])
+    turned = max(map(len, column_names)) > 5
+    axes.set_xticks(range(num_columns), column_names, fontsize=8, **({"rotation": 50, "ha": "right"} if turned else {}))
+    axes.set_yticks(range(num_rows), row_names, fontsize=8)
+    middle = (values.min() + values.max()) / 2
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if value < middle else "black"
+        axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=7, color=color)
+    if marked is not None:
+        axes.add_patch(
+            plt.Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2)
+        )
     return _png(figure)
 
 
