@@ -102,7 +102,7 @@ def analyse_fusion(context: ProbeContext) -> SuiteResult:
     notes = [CHOICE_NOTE, f"Blocks {', '.join(blocks)}; timesteps {', '.join(map(str, timesteps))}; {p} x {p}."]
     if settings.fusion.feedback_epochs > 0:
         t = context.place.timestep
-        predictions[f"DifFeed at timestep {t}"], count = _difffeed(context, blocks, t)
+        predictions[f"DifFeed at timestep {t}"], count = _diff_feed(context, blocks, t)
         notes.append(
             f"DifFeed: the same blocks at timestep {t} alone, {settings.fusion.feedback_epochs} epochs of {count} rows."
         )
@@ -133,7 +133,7 @@ def _flattened(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-def _difffeed(context: ProbeContext, blocks: list[str], timestep: int) -> tuple[np.ndarray, int]:
+def _diff_feed(context: ProbeContext, blocks: list[str], timestep: int) -> tuple[np.ndarray, int]:
     """Predicted labels (M,) of the validation rows, and the number of training rows."""
     settings, denoiser, cache = context.settings, context.denoiser, context.cache
     means, deviations = {}, {}
