@@ -1,6 +1,6 @@
 """Do unlabelled images help to classify? Digits with 10, 30 and 100 labels in all, the rest unlabelled.
 
-    python scripts/few_labels.py            (about 30 minutes on one CPU core; goes on where it was stopped)
+    python scripts/few_labels.py            (about 35 minutes on one CPU core; goes on where it was stopped)
 
 Four classifiers see the same labels, drawn anew for each of three seeds, and are judged on 360 held-out digits:
 
