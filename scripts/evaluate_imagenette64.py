@@ -12,7 +12,6 @@ from pathlib import Path
 
 import einops
 import numpy as np
-import scipy.linalg
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from latent_egc import EGCPipeline
 from latent_egc.config import Config, load_config
 from latent_egc.data import ImageTable, central_view, load_splits
+from latent_egc.evaluation.features import frechet_distance
 from latent_egc.figures import sample_rows, save_grid
 
 FEATURES = Path("../shared/weights/squeezenet1_1_features.pt")
@@ -45,17 +45,6 @@ def reconstruct(pipeline: EGCPipeline, images: torch.Tensor) -> torch.Tensor:
     batches = tqdm(images.split(50), desc="autoencoder", leave=False)
     with torch.no_grad():
         return torch.cat([pipeline.decode(pipeline.encode(2 * batch - 1)) for batch in batches]).clamp(-1, 1) / 2 + 0.5
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features (N, D), each with N > D."""
-    for rows in (first, second):
-        if len(rows) <= rows.shape[1]:
-            raise ValueError(f"a Frechet distance in {rows.shape[1]} dimensions needs more samples, got {len(rows)}")
-    difference = first.mean(axis=0) - second.mean(axis=0)
-    covariances = [np.cov(rows, rowvar=False) for rows in (first, second)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    return float(difference @ difference + np.trace(covariances[0] + covariances[1] - 2 * root))
 
 
 def sample(pipeline: EGCPipeline, config: Config, images_per_class: int, scale: float) -> np.ndarray:
@@ -82,6 +71,10 @@ def main() -> None:
         "--fd-samples-per-class", type=int, default=100, help="samples for FD, at least 52 (default 100)"
     )
     options = parser.parse_args()
+    if options.fd_samples_per_class < 52:
+        parser.error(
+            f"--fd-samples-per-class must be at least 52 for 512 feature dimensions, got {options.fd_samples_per_class}"
+        )
 
     config = load_config(options.run / "config.yaml")
     pipeline = EGCPipeline.from_pretrained(options.run / "pipeline")
