@@ -169,6 +169,11 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=None, help="the report's folder (default: evaluation, in the run's folder)"
     )
     parser.add_argument(
+        "--no-data-images",
+        action="store_true",
+        help="leave the pictures that show images of the dataset out of report.html, so that it can be published",
+    )
+    parser.add_argument(
         "--features",
         nargs="+",
         default=[],
@@ -380,6 +385,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         settings,
         options.pipeline,
         accelerator,
+        with_data_images=not options.no_data_images,
     )
     if accelerator.is_main_process:
         print(f"\n{report.table()}\n\nreport: {report.folder / 'report.html'}")

@@ -1,5 +1,6 @@
 """Evaluation: gathering, intervals, the report, and the suites classification and calibration."""
 
+import base64
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from latent_egc.config import ConfigError
 from latent_egc.evaluation import bootstrapped, evaluate, parse_settings
 from latent_egc.evaluation.calibration import evaluate_calibration, fit_temperature, reliability_bins
 from latent_egc.evaluation.classification import evaluate_classification
-from latent_egc.evaluation.results import Metric, SuiteResult
+from latent_egc.evaluation.results import Figure, Metric, SuiteResult
 
 FAST = ["num_resamples=20", "classification.num_timesteps=2"]
 
@@ -145,6 +146,14 @@ def test_calibration_equals_scikit_learn_and_arithmetic(evaluation_context, logi
     assert result.num_samples == 250
 
 
+def test_a_temperature_without_optimum_is_called_so(evaluation_context):
+    context = evaluation_context()
+    for right in (False, True):
+        labels = torch.from_numpy(context.labels if right else (context.labels + 1) % 3)
+        context.__dict__["logits"] = torch.nn.functional.one_hot(labels, 3).float()
+        assert any("it has no optimum" in note for note in evaluate_calibration(context).notes) == right
+
+
 def test_temperature_is_recovered():
     """Labels drawn from softmax(logits / 2.5)."""
     rng = np.random.default_rng(0)
@@ -211,6 +220,76 @@ def test_a_suite_is_measured_again_when_a_file_it_reads_has_changed(run, tmp_pat
         data_file.write_text(text)
         run(["ood"], f"ood.data={data_file}")
     assert len(calls) == 2
+
+
+def test_a_suite_is_measured_again_when_a_pipeline_it_reads_has_changed(run, tmp_path, monkeypatch):
+    module, calls = sys.modules["latent_egc.evaluation.evaluate"], []
+    found = SuiteResult(1, {"n": Metric(1.0)})
+    monkeypatch.setitem(module.SUITES, "robustness", lambda context: calls.append(1) or found)
+    plain = tiny_pipeline()
+    for change in (0, 0, 1):
+        with torch.no_grad():
+            next(plain.energy_model.parameters()).add_(change)
+        plain.save_pretrained(tmp_path / "run" / "pipeline")
+        run(["robustness"], f"robustness.plain={tmp_path / 'run'}")
+    assert len(calls) == 2
+
+
+def test_a_stopped_suite_goes_on_behind_its_last_part(run, tmp_path, monkeypatch):
+    """Each position is computed once over both calls, in order; nothing is left behind, and others' parts not used."""
+    module, computed, fails = sys.modules["latent_egc.evaluation.evaluate"], [], True
+    monkeypatch.setattr("latent_egc.evaluation.context.ROWS_PER_PART", 4)
+
+    def doubled(positions):
+        if fails and positions.stop > 6:
+            raise KeyboardInterrupt
+        computed.extend(positions)
+        return torch.tensor([[2.0 * i] for i in positions])
+
+    def suite(context):
+        rows = context.over_in_parts(11, doubled, "doubled", "double")
+        assert rows[:, 0].tolist() == [2.0 * i for i in range(11)]
+        return SuiteResult(11, {"n": Metric(1.0)})
+
+    monkeypatch.setitem(module.SUITES, "generation", suite)
+    with pytest.raises(KeyboardInterrupt):
+        run(["generation"])
+    assert computed == [0, 1, 2, 3]
+    run(["classification"])  # another suite leaves the parts where they are
+    fails = False
+    run(["generation"])
+    assert computed == list(range(11))
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["figures", "report.html", "report.json"]
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        run(["generation"], "generation.num_samples=10")
+    computed.clear()
+    fails = False
+    run(["generation"], "generation.num_samples=12")
+    assert computed == list(range(11))
+
+
+def test_page_without_images_of_the_dataset(run, evaluation_context, tmp_path, monkeypatch, capsys):
+    """Called again, the finished report is drawn without them, and with them once more."""
+    pictures = [
+        Figure("own", "A grid of samples.", b"sampled"),
+        Figure("theirs", "Neighbours.", b"real", shows_data=True),
+    ]
+    result = SuiteResult(1, {"n": Metric(1.0)}, figures=pictures)
+    monkeypatch.setitem(sys.modules["latent_egc.evaluation.evaluate"].SUITES, "generation", lambda context: result)
+    page, context = tmp_path / "report" / "report.html", evaluation_context()
+    sampled, real = (base64.b64encode(content).decode() for content in (b"sampled", b"real"))
+    run(["generation"])
+    assert sampled in page.read_text()
+    assert real in page.read_text()
+    settings = parse_settings(FAST)
+    evaluate(context.pipeline, context.data, ["generation"], page.parent, settings, "tiny", with_data_images=False)
+    assert "generation: already in the report" in capsys.readouterr().out
+    assert sampled in page.read_text()
+    assert real not in page.read_text()
+    assert "Left out, as it shows images of the dataset: Neighbours." in page.read_text()
+    run(["generation"])
+    assert real in page.read_text()
 
 
 def test_report_says_how_it_was_measured(run):

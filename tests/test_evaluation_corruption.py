@@ -196,6 +196,7 @@ def test_suite_by_hand(evaluation_context):
     context = evaluation_context("corruption.num_images=2")
     result = evaluate_corruption(context)
     assert result.num_samples == 2
+    assert [(figure.name, figure.shows_data) for figure in result.figures] == [("severity", False), ("examples", True)]
     rows = context.choose(context.rows, 2)
     names = [context.class_names[label] for label in context.splits.validation.labels[rows]]
 

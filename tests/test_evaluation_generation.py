@@ -159,7 +159,7 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
     assert result.metrics["FD-brightness"].value == pytest.approx(scipy_frechet(real, generated), rel=1e-3)
     agreement = (Brightness(as_logits=True)(samples / 255).argmax(1).numpy() == np.arange(9) % 3).mean()
     assert result.metrics["class agreement by judge"].value == pytest.approx(agreement)
-    assert [figure.name for figure in result.figures] == ["samples", "neighbours"]
+    assert [(figure.name, figure.shows_data) for figure in result.figures] == [("samples", False), ("neighbours", True)]
     assert "guidance scale 2" in result.notes[0]
 
 

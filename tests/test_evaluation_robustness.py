@@ -223,7 +223,11 @@ def test_suite(evaluation_context, tmp_path):
     assert unbounded[2] == ("pass" if unbounded[1] == "l_inf eps 1: 0.00 %" else "FAIL")
     assert [row[0] for row in denoised.rows] == ["not denoised", "denoised from timestep 50"]
     assert len(denoised.rows[0]) == len(denoised.columns)
-    assert [figure.name for figure in result.figures] == ["accuracy_l_inf", "accuracy_l_2", "images"]
+    assert {figure.name: figure.shows_data for figure in result.figures} == {
+        "accuracy_l_inf": False,
+        "accuracy_l_2": False,
+        "images": True,
+    }
     assert all(parameter.requires_grad for parameter in context.model.parameters())
 
 

@@ -88,13 +88,19 @@ def evaluate_calibration(context: EvaluationContext) -> SuiteResult:
     }
     bins = {title: reliability_bins(values, labels[judged], settings.num_bins) for title, values in variants.items()}
     diagram = plots.reliability_diagram(np.linspace(0, 1, settings.num_bins + 1), bins)
+    notes = [
+        f"The temperature was fitted on {num_fitted} images of the validation split, the numbers are of the other "
+        f"{len(judged)}; the intervals hold it fixed.",
+        "A resample of few images has a larger ECE than the images themselves: its interval lies too high.",
+    ]
+    if (logits[fitted].argmax(axis=1) == labels[fitted]).all():
+        notes.append(
+            f"All {num_fitted} images that the temperature was fitted on are classified correctly. Their likelihood "
+            "only rises as the temperature falls, so it has no optimum: do not use it."
+        )
     return SuiteResult(
         num_samples=len(judged),
         metrics=metrics | {"temperature": Metric(temperature)},
         figures=[Figure("reliability", "Reliability: accuracy of the images in each bin of confidence.", diagram)],
-        notes=[
-            f"The temperature was fitted on {num_fitted} images of the validation split, the numbers are of the other "
-            f"{len(judged)}; the intervals hold it fixed.",
-            "A resample of few images has a larger ECE than the images themselves: its interval lies too high.",
-        ],
+        notes=notes,
     )

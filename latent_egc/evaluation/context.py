@@ -1,13 +1,16 @@
 """What every suite is given: the pipeline, the images, and a way to run over them on all processes."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from latent_egc.config import ConfigError, DataConfig
@@ -15,6 +18,8 @@ from latent_egc.data import VALIDATION_NOISE, ImageTable, Splits, central_view, 
 from latent_egc.evaluation.results import Metric, bootstrapped
 from latent_egc.evaluation.settings import EvaluationSettings
 from latent_egc.pipelines import EGCPipeline
+
+ROWS_PER_PART = 1000
 
 
 def load_matching_splits(pipeline: EGCPipeline, data: DataConfig) -> Splits:
@@ -44,6 +49,9 @@ class EvaluationContext:
         settings: of the evaluation.
         accelerator: the processes that share the work.
 
+    Attributes:
+        parts: where the running suite keeps the parts of its long steps until it is finished; None: nowhere.
+
     Raises:
         ConfigError: the dataset cannot be used with this pipeline.
     """
@@ -52,6 +60,7 @@ class EvaluationContext:
         self, pipeline: EGCPipeline, data: DataConfig, settings: EvaluationSettings, accelerator: Accelerator
     ) -> None:
         self.pipeline, self.settings, self.accelerator = pipeline, settings, accelerator
+        self.parts: Path | None = None
         self.model = pipeline.energy_model
         self.data = replace(data, image_size=pipeline.image_size)
         self.splits = load_matching_splits(pipeline, self.data)
@@ -111,6 +120,35 @@ class EvaluationContext:
         for process, part in enumerate(shares):
             rows[process::num_processes] = part
         return rows
+
+    def over_in_parts(
+        self, count: int, function: Callable[[range], torch.Tensor], name: str, description: str
+    ) -> torch.Tensor:
+        """`over` for steps that take long: every part is kept on disk, and a stopped suite goes on behind the last.
+
+        Args:
+            count, function, description: as for `over`.
+            name: of the step's files, unique within the suite.
+        """
+        results = []
+        for number, positions in enumerate(np.array_split(np.arange(count), -(-count // ROWS_PER_PART))):
+            path = None if self.parts is None else self.parts / f"{name}-{number:05d}.safetensors"
+            kept = path is not None and path.exists()
+            self.accelerator.wait_for_everyone()  # no process looks after the main one has written
+            if kept:
+                results.append(load_file(path)["rows"])
+                continue
+            first = int(positions[0])
+
+            def of_part(batch: range, first: int = first) -> torch.Tensor:
+                return function(range(first + batch.start, first + batch.stop, batch.step))
+
+            results.append(self.over(len(positions), of_part, f"{description}, from {first} of {count}"))
+            if path is not None and self.accelerator.is_main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({"rows": results[-1].contiguous()}, path.with_suffix(".tmp"))
+                os.replace(path.with_suffix(".tmp"), path)
+        return torch.cat(results)
 
     @torch.no_grad()
     def encode(self, table: ImageTable, rows: Sequence[int], description: str = "encode") -> torch.Tensor:

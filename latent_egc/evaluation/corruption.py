@@ -112,4 +112,4 @@ def _examples(context: EvaluationContext) -> Figure:
     pixels = _pixels(context, row)
     grid = np.stack([np.stack([pixels, *_series(context, name, row, pixels)]) for name in FUNCTIONS]) / 255
     caption = "One image without corruption and, from left to right, under each corruption at severity 1 to 5."
-    return Figure("examples", caption, plots.image_grid(grid, list(FUNCTIONS), gap_after=1))
+    return Figure("examples", caption, plots.image_grid(grid, list(FUNCTIONS), gap_after=1), shows_data=True)

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import hashlib
+import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -25,6 +27,7 @@ from latent_egc.evaluation.report import Report
 from latent_egc.evaluation.results import SuiteResult
 from latent_egc.evaluation.settings import EvaluationSettings
 from latent_egc.pipelines import EGCPipeline
+from latent_egc.run_folder import pipeline_folder
 
 
 def _evaluate_robustness(context: EvaluationContext) -> SuiteResult:
@@ -70,6 +73,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     name: str = "pipeline",
     accelerator: Accelerator | None = None,
+    with_data_images: bool = True,
 ) -> Report:
     """Measures a pipeline on a dataset's validation split.
 
@@ -81,6 +85,7 @@ def evaluate(
         settings: of the suites; None: the defaults.
         name: what the report calls the pipeline, its path for example.
         accelerator: the processes that share the work; None: those that a launcher started, or this one.
+        with_data_images: whether report.html shows the pictures that hold images of the dataset.
 
     Returns:
         The report, as it stands in `folder`.
@@ -97,7 +102,7 @@ def evaluate(
     accelerator = accelerator or Accelerator()
     pipeline.to(accelerator.device)
     pipeline.energy_model.eval()
-    report = Report(Path(folder), _subject(name, pipeline, data, accelerator))
+    report = Report(Path(folder), _subject(name, pipeline, data, accelerator), with_data_images)
     context = EvaluationContext(pipeline, data, settings, accelerator)
     for suite in dict.fromkeys(suites):
         # The images decide every suite's numbers, so they are among its settings; so does what named files hold.
@@ -108,13 +113,20 @@ def evaluate(
         if finished:
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
+        # What a stopped suite left is used again by the same pipeline with the same settings alone.
+        origin = json.dumps([report.content["subject"]["fingerprint"], suite_settings], sort_keys=True)
+        unfinished = report.folder / f"unfinished_{suite}"
+        context.parts = unfinished / hashlib.sha256(origin.encode()).hexdigest()[:16]
         start = time.perf_counter()
         result = SUITES[suite](context)
         seconds = time.perf_counter() - start
         if accelerator.is_main_process:
             report.add(suite, result, suite_settings, _versions(), seconds)
+            shutil.rmtree(unfinished, ignore_errors=True)
         accelerator.print(f"{suite}: {result.num_samples} samples, {seconds:.1f} s")
         accelerator.wait_for_everyone()
+    if accelerator.is_main_process and report.content["suites"]:
+        report.write_html()  # also where nothing was measured: the pictures that are shown may be others
     return report
 
 
@@ -131,9 +143,14 @@ def _subject(name: str, pipeline: EGCPipeline, data: DataConfig, accelerator: Ac
 
 
 def _digests(section: dict[str, Any]) -> dict[str, str]:
-    """Path -> SHA-256 of every file that a suite's section of the settings names: weights, a data file."""
+    """Path -> SHA-256 of every file that a suite's section of the settings names: weights, data, a pipeline."""
     values = [v for value in section.values() for v in (value if isinstance(value, tuple) else (value,))]
-    files = [Path(value) for value in values if isinstance(value, str) and Path(value).is_file()]
+    files: list[Path] = []
+    for path in (Path(value) for value in values if isinstance(value, str)):
+        try:
+            files += [path] if path.is_file() else sorted(pipeline_folder(path).rglob("*.safetensors"))
+        except FileNotFoundError:
+            continue  # neither a file nor a pipeline: a Hub id, or a mistake that the suite itself names
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

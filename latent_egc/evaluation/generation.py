@@ -117,7 +117,7 @@ def sample_images(context: EvaluationContext, labels: np.ndarray | None) -> torc
         ).images
         return _to_uint8(images)
 
-    return context.over(settings.num_samples, sampled, "sample")
+    return context.over_in_parts(settings.num_samples, sampled, "samples", "sample")
 
 
 def _to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,10 @@ def _features_of_split(
     context: EvaluationContext, extractor: Extractor, table: ImageTable, rows: np.ndarray
 ) -> np.ndarray:
     """(M, D) of a split's images, which are not held in memory."""
-    return context.over(
+    return context.over_in_parts(
         len(rows),
         lambda positions: extractor(context.pixel_values(table, rows[list(positions)]) / 2 + 0.5),
+        extractor.name,
         f"{extractor.name}, {table.name}",
     ).numpy()
 
@@ -255,4 +256,4 @@ def _neighbours(
         f"Memorisation check: the samples closest to a training image (left, with the distance in {extractor.name} "
         f"features) and their {count} nearest training images."
     )
-    return Figure("neighbours", caption, plots.image_grid(grid, names, gap_after=1))
+    return Figure("neighbours", caption, plots.image_grid(grid, names, gap_after=1), shows_data=True)

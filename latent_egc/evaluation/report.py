@@ -24,13 +24,14 @@ class Report:
     Args:
         folder: where to write; made where it does not exist.
         subject: what is evaluated (pipeline, its fingerprint, ...): plain values. A folder holds one subject's report.
+        with_data_images: whether report.html shows the pictures that hold images of the dataset.
 
     Raises:
         ConfigError: the folder holds another pipeline's report, or one that cannot be read.
     """
 
-    def __init__(self, folder: Path, subject: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, subject: dict[str, Any], with_data_images: bool = True) -> None:
+        self.folder, self.with_data_images = folder, with_data_images
         self.content: dict[str, Any] = {"subject": _plain(subject), "suites": {}}
         path = folder / "report.json"
         if path.exists():
@@ -62,7 +63,7 @@ class Report:
         for figure in result.figures:
             name = f"figures/{suite}_{figure.name}.png"
             (self.folder / name).write_bytes(figure.png)
-            figures.append({"file": name, "caption": figure.caption})
+            figures.append({"file": name, "caption": figure.caption, "shows_data": figure.shows_data})
         self.content["suites"][suite] = {
             "num_samples": result.num_samples,
             "seconds": round(seconds, 1),
@@ -94,6 +95,7 @@ class Report:
         page = environment.get_template("report.html.j2").render(
             subject=self.content["subject"],
             suites=self.content["suites"],
+            is_shown=lambda figure: self.with_data_images or not figure["shows_data"],
             picture=lambda file: base64.b64encode((self.folder / file).read_bytes()).decode(),
             cell=cell_text,
             metric=read_metric,

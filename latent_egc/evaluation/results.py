@@ -52,6 +52,7 @@ class Figure:
     name: str  # of its file
     caption: str
     png: bytes
+    shows_data: bool = False  # images of the dataset, which its terms may not allow to publish
 
 
 @dataclass

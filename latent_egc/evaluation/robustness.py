@@ -278,7 +278,7 @@ def _pictures(trial: Trial, attackers: dict[str, Attacker], right: np.ndarray) -
         f"Images under PGD-{settings.pgd_steps} at {threat}, and the change times {0.5 / threat.eps:.3g} around grey. "
         + " ".join(sentences)
     )
-    return [Figure("images", caption, plots.image_grid(grid, names))]
+    return [Figure("images", caption, plots.image_grid(grid, names), shows_data=True)]
 
 
 # --- is the gradient honest? ----------------------------------------------------------------------------------------
