@@ -1,14 +1,23 @@
 """The suite generation, and the distances between sets of features."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3, _compute_fid
+from torchmetrics.image.inception import InceptionScore
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from latent_egc.config import ConfigError
-from latent_egc.evaluation.features import frechet_distance, kernel_distance, load_extractor, precision_and_recall
+from latent_egc.evaluation.features import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_extractor,
+    precision_and_recall,
+)
 from latent_egc.evaluation.generation import evaluate_generation, sample_images
 
 CPU = torch.device("cpu")
@@ -121,6 +130,52 @@ def test_dinov2_extractor(tmp_path):
     ]
     torch.testing.assert_close(loaded(images), network(normalised).last_hidden_state[:, 0])
     assert loaded(torch.rand(1, 3, 32, 32)).shape == (1, 8)
+
+
+def test_inception_score_by_hand():
+    """Uniform logits score 1, sure and balanced ones the number of classes; between them, the definition."""
+    assert inception_score(torch.zeros(40, 4), seed=0) == (pytest.approx(1), pytest.approx(0))
+    sure = 50 * torch.eye(4).repeat(10, 1)
+    assert inception_score(sure, seed=0, num_splits=1)[0] == pytest.approx(4)
+    logits = torch.randn(40, 4)
+    p = logits.double().softmax(1).numpy()
+    expected = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    assert inception_score(logits, seed=0, num_splits=1)[0] == pytest.approx(expected, rel=1e-5)
+    assert inception_score(logits, seed=0) == inception_score(logits, seed=0)
+
+
+@pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
+def test_inception_says_what_it_needs():
+    with pytest.raises(
+        ConfigError, match=r"generation.features: inception needs torch-fidelity, which needs torchvision"
+    ):
+        load_extractor("inception", CPU)
+
+
+def test_inception_is_torchmetrics(tmp_path, monkeypatch):
+    """Features, FID and Inception score are those of torchmetrics' own metrics, on random weights."""
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed: it needs torchvision")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
+        weights = NoTrainInceptionV3("random", ["2048"]).state_dict()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(weights, tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth")
+    images = torch.randint(0, 256, (2, 6, 3, 32, 32), dtype=torch.uint8)
+    extractor = load_extractor("inception", CPU)
+    features = [extractor(part / 255) for part in images]
+    metric = FrechetInceptionDistance(feature=2048, antialias=False)
+    metric.update(images[0], real=True)
+    metric.update(images[1], real=False)
+    assert frechet_distance(*(part.numpy() for part in features)) == pytest.approx(float(metric.compute()), rel=1e-3)
+    metric = InceptionScore(splits=1)
+    metric.inception.use_antialias = False
+    metric.update(images[1])
+    score = inception_score(extractor.to_logits(features[1]), seed=0, num_splits=1)[0]
+    assert score == pytest.approx(float(metric.compute()[0]), rel=1e-4)
 
 
 def test_extractor_errors(tmp_path, extractor):

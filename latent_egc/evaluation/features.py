@@ -1,18 +1,22 @@
 """Image features and what is computed on them: Frechet distance, KID, precision and recall.
 
-An extractor is a TorchScript file (images (N, 3, H, W) in [0, 1] to (N, D)), or a DINOv2 of transformers by its Hub id
-or folder. A number on features that are not Inception-v3's is no FID, so the extractor's name stands in the metric's.
+An extractor is a TorchScript file (images (N, 3, H, W) in [0, 1] to (N, D)), a DINOv2 of transformers by its Hub id or
+folder, or `inception`: the published FID's Inception-v3. A number on other features than these is no FID, so the
+extractor's name stands in the metric's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 from transformers import AutoModel
 
@@ -25,10 +29,17 @@ TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript", ".jit")
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named function: images (N, 3, H, W) in [0, 1] -> features (N, D)."""
+    """A named function: images (N, 3, H, W) in [0, 1] -> features (N, D).
+
+    Args:
+        name: as it stands in the metrics' names.
+        function: the images' features.
+        to_logits: the classes' logits (N, K) of features, where the extractor is a classifier's trunk.
+    """
 
     name: str
     function: Callable[[torch.Tensor], torch.Tensor]
+    to_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -60,12 +71,14 @@ def load_torchscript(path: str, key: str, device: torch.device) -> torch.jit.Scr
 
 
 def load_extractor(source: str, device: torch.device) -> Extractor:
-    """The extractor of a TorchScript file, or of a DINOv2's Hub id or folder.
+    """The extractor of a TorchScript file, of a DINOv2's Hub id or folder, or `inception`.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
     key = "generation.features"
+    if source == "inception":
+        return _load_inception(key, device)
     if source.endswith(TORCHSCRIPT_SUFFIXES):
         return Extractor(Path(source).stem.removesuffix("_features"), load_torchscript(source, key, device))
     try:
@@ -84,6 +97,42 @@ def load_extractor(source: str, device: torch.device) -> Extractor:
         return network(pixel_values=(images - mean) / std).last_hidden_state[:, 0]
 
     return Extractor(Path(source).name, class_token)
+
+
+def _load_inception(key: str, device: torch.device) -> Extractor:
+    """Inception-v3 with the weights, the 8-bit input and the resizing of the published FID (torch-fidelity's port)."""
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False).to(device)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key}: inception needs torch-fidelity, which needs torchvision: {error}") from error
+    except (URLError, OSError) as error:
+        raise ConfigError(
+            f"{key}: the weights of inception could not be fetched ({error}); torch-fidelity looks for "
+            f"weights-inception-2015-12-05-6726825d.pth of its release v0.2.0 in {torch.hub.get_dir()}/checkpoints"
+        ) from error
+    return Extractor(
+        "Inception-v3",
+        lambda images: network((images * 255).round().to(torch.uint8)),
+        to_logits=lambda features: features @ network.fc.weight.T.to(features),
+    )
+
+
+def inception_score(logits: torch.Tensor, seed: int, num_splits: int = 10) -> tuple[float, float]:
+    """exp of the mean divergence KL(p(y|x) || p(y)): mean and standard deviation over `num_splits` parts of the images.
+
+    Args:
+        logits: (N, K) of the generated images.
+        seed: of the assignment of images to parts.
+        num_splits: as published; each part should have many more images than there are classes.
+
+    Source: Salimans et al. (NeurIPS 2016), computed by torchmetrics.
+    """
+    score = InceptionScore(feature=torch.nn.Identity(), splits=num_splits)
+    score.update(logits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, deviation = score.compute()
+    return float(mean), float(deviation)
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:

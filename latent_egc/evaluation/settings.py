@@ -30,7 +30,7 @@ class CalibrationSettings:
 class GenerationSettings:
     """Samples against the training split."""
 
-    features: tuple[str, ...] = ()  # extractors: TorchScript files, or DINOv2 of transformers (Hub id or folder)
+    features: tuple[str, ...] = ()  # TorchScript files, DINOv2 of transformers (Hub id or folder), or inception
     judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
     num_samples: int = within(1000, 5)
     num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
