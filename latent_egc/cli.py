@@ -178,7 +178,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="EXTRACTOR",
-        help="of the suite generation: TorchScript files, DINOv2 of transformers, or inception; the same as generation.features",
+        help="of the suite generation (generation.features): TorchScript files, DINOv2 of transformers, or inception",
     )
     parser.add_argument(
         "--set",

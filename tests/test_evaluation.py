@@ -247,7 +247,7 @@ def test_a_stopped_suite_goes_on_behind_its_last_part(run, tmp_path, monkeypatch
         return torch.tensor([[2.0 * i] for i in positions])
 
     def suite(context):
-        rows = context.over_in_parts(11, doubled, "doubled", "double")
+        rows = context.over_in_parts(11, doubled, "double / 2")
         assert rows[:, 0].tolist() == [2.0 * i for i in range(11)]
         return SuiteResult(11, {"n": Metric(1.0)})
 

@@ -1,6 +1,7 @@
 """What every suite is given: the pipeline, the images, and a way to run over them on all processes."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -121,16 +122,14 @@ class EvaluationContext:
             rows[process::num_processes] = part
         return rows
 
-    def over_in_parts(
-        self, count: int, function: Callable[[range], torch.Tensor], name: str, description: str
-    ) -> torch.Tensor:
+    def over_in_parts(self, count: int, function: Callable[[range], torch.Tensor], description: str) -> torch.Tensor:
         """`over` for steps that take long: every part is kept on disk, and a stopped suite goes on behind the last.
 
         Args:
-            count, function, description: as for `over`.
-            name: of the step's files, unique within the suite.
+            count, function: as for `over`.
+            description: as for `over`, and the name of the step's files; unique within the suite.
         """
-        results = []
+        results, name = [], re.sub(r"\W+", "-", description)
         for number, positions in enumerate(np.array_split(np.arange(count), -(-count // ROWS_PER_PART))):
             path = None if self.parts is None else self.parts / f"{name}-{number:05d}.safetensors"
             kept = path is not None and path.exists()
@@ -143,7 +142,8 @@ class EvaluationContext:
             def of_part(batch: range, first: int = first) -> torch.Tensor:
                 return function(range(first + batch.start, first + batch.stop, batch.step))
 
-            results.append(self.over(len(positions), of_part, f"{description}, from {first} of {count}"))
+            shown = description if count <= ROWS_PER_PART else f"{description}, from {first} of {count}"
+            results.append(self.over(len(positions), of_part, shown))
             if path is not None and self.accelerator.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({"rows": results[-1].contiguous()}, path.with_suffix(".tmp"))

@@ -77,7 +77,7 @@ def _predictions(
         ]
         return torch.stack([row.argmax(dim=1) for row in logits], dim=1)
 
-    return context.over(len(rows), predicted, description).numpy()
+    return context.over_in_parts(len(rows), predicted, description).numpy()
 
 
 def _pixels(context: EvaluationContext, row: int) -> np.ndarray:

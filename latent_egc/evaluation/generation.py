@@ -121,7 +121,7 @@ def sample_images(context: EvaluationContext, labels: np.ndarray | None) -> torc
         ).images
         return _to_uint8(images)
 
-    return context.over_in_parts(settings.num_samples, sampled, "samples", "sample")
+    return context.over_in_parts(settings.num_samples, sampled, "sample")
 
 
 def _to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,6 @@ def _features_of_split(
     return context.over_in_parts(
         len(rows),
         lambda positions: extractor(context.pixel_values(table, rows[list(positions)]) / 2 + 0.5),
-        extractor.name,
         f"{extractor.name}, {table.name}",
     ).numpy()
 

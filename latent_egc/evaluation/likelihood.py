@@ -102,7 +102,7 @@ def evaluate_likelihood(context: EvaluationContext) -> SuiteResult:
         found = log_density(model, noisy, torch.from_numpy(signs).to(clean), settings.num_steps)
         return torch.stack([found, normal], dim=1)
 
-    log_densities = context.over(len(latents), densities, "likelihood").numpy()
+    log_densities = context.over_in_parts(len(latents), densities, "likelihood").numpy()
     bits, normal_bits = -log_densities.T / (num_dimensions * math.log(2))
     picture = plots.histograms({"the model": bits, "N(0, I)": normal_bits}, "bits per dimension of the latent")
     return SuiteResult(

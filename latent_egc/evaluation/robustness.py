@@ -68,7 +68,10 @@ class Trial:
     def first_success(
         self, attacker: Attacker, attacks: Sequence[Attack], description: str, count: int | None = None
     ) -> np.ndarray:
-        """`Attacker.first_success` on `count` of the images (None: all), drawn by the seed: (count,)."""
+        """`Attacker.first_success` on `count` of the images (None: all), drawn by the seed: (count,).
+
+        The description tells this step from the suite's others.
+        """
         chosen = self.context.choose(self.positions, count)
 
         def found(batch: range) -> torch.Tensor:
@@ -76,7 +79,7 @@ class Trial:
             set_seed((self.context.settings.seed + batch[0]) % 2**32)
             return torch.from_numpy(attacker.first_success(*self.load(chosen[list(batch)]), attacks))
 
-        return self.context.over(len(chosen), found, description).numpy()
+        return self.context.over_in_parts(len(chosen), found, description).numpy()
 
     def accuracy(self, attacker: Attacker, attacks: Sequence[Attack], description: str, count: int) -> float:
         """The share of images that withstand all of the attacks."""
