@@ -313,6 +313,18 @@ def test_html_is_self_contained_and_escaped(run, tmp_path):
     assert not re.search(r"https?://|<script|<link|url\(", page)
 
 
+def test_two_evaluations_of_one_report_keep_each_others_suites(run, tmp_path, monkeypatch):
+    """While one suite runs, another process finishes its own."""
+
+    def slow(context):
+        run(["classification"])
+        return SuiteResult(1, {"n": Metric(1.0)})
+
+    monkeypatch.setitem(sys.modules["latent_egc.evaluation.evaluate"].SUITES, "ood", slow)
+    assert set(run(["ood"]).content["suites"]) == {"classification", "ood"}
+    assert set(json.loads((tmp_path / "report" / "report.json").read_text())["suites"]) == {"classification", "ood"}
+
+
 def test_another_pipelines_report_is_left_alone(run, tmp_path):
     run(["calibration"])
     before = (tmp_path / "report" / "report.json").read_text()

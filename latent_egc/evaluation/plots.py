@@ -155,7 +155,7 @@ def reliability_diagram(edges: np.ndarray, bins: Mapping[str, tuple[np.ndarray, 
         upper.plot(confidence, confidence, "o", color="tab:orange", markersize=3.5, label="mean confidence")
         upper.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1)
         upper.set(xlim=(0, 1), ylim=(0, 1), title=title, ylabel="accuracy")
-        upper.legend(frameon=False, fontsize=8, loc="upper left")
+        upper.legend(fontsize=8, loc="upper left", edgecolor="none", framealpha=0.9)  # over the bars
         lower.bar(centres, count, width * 0.94, color="0.6")
         lower.set(xlabel="confidence", ylabel="images")
         for axes in (upper, lower):

@@ -33,20 +33,24 @@ class Report:
     def __init__(self, folder: Path, subject: dict[str, Any], with_data_images: bool = True) -> None:
         self.folder, self.with_data_images = folder, with_data_images
         self.content: dict[str, Any] = {"subject": _plain(subject), "suites": {}}
-        path = folder / "report.json"
-        if path.exists():
-            try:
-                self.content = json.loads(path.read_text())
-                fingerprint = self.content["subject"]["fingerprint"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{path} is not a report of this command: {error!r}; choose another folder"
-                ) from error
-            if fingerprint != subject["fingerprint"]:
-                raise ConfigError(
-                    f"{folder} holds a report of another pipeline ({self.content['subject']['pipeline']}, "
-                    f"{fingerprint}); this one is {subject['fingerprint']}; choose another folder with --output"
-                )
+        self._read()
+        held = self.content["subject"]
+        if held.get("fingerprint") != subject["fingerprint"]:
+            raise ConfigError(
+                f"{folder} holds a report of another pipeline ({held.get('pipeline')}, {held.get('fingerprint')}); "
+                f"this one is {subject['fingerprint']}; choose another folder with --output"
+            )
+
+    def _read(self) -> None:
+        """Takes over what report.json holds."""
+        path = self.folder / "report.json"
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+            self.content = {"subject": dict(content["subject"]), "suites": dict(content["suites"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not a report of this command: {error!r}; choose another folder") from error
 
     def holds(self, suite: str, settings: dict[str, Any]) -> bool:
         """Whether the suite was finished with these very settings."""
@@ -64,6 +68,7 @@ class Report:
             name = f"figures/{suite}_{figure.name}.png"
             (self.folder / name).write_bytes(figure.png)
             figures.append({"file": name, "caption": figure.caption, "shows_data": figure.shows_data})
+        self._read()  # another process may have added its suites meanwhile
         self.content["suites"][suite] = {
             "num_samples": result.num_samples,
             "seconds": round(seconds, 1),
