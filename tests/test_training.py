@@ -481,13 +481,13 @@ def test_compile_and_checkpointing_exclude_each_other(tmp_path):
 def test_sharded_optimiser_trains_the_same_network_and_resumes_anywhere(tmp_path):
     """Two processes with half of the state each; their checkpoint goes on in one process with all of it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finish(start(run_values(tmp_path / "one", train_batch_size=8, lr_schedule="constant")))
-    settings = {"shard_optimizer": True, "max_steps": 2, "lr_schedule": "constant"}
-    two = run_values(tmp_path / "two", train_batch_size=4, **settings)
+    constant = {"lr_schedule": "constant"}
+    train(run_config(tmp_path / "one", train_batch_size=8, **constant))
+    two = run_values(tmp_path / "two", train_batch_size=4, shard_optimizer=True, max_steps=2, **constant)
     finish(start(two, launcher=torchrun))
     finish(start(two, "training.max_steps=3", "training.resume=auto", launcher=torchrun))
-    alone = ("training.max_steps=4", "training.resume=auto", "training.train_batch_size=8")
-    finish(start(two, *alone))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(tmp_path / "two", train_batch_size=8, shard_optimizer=True, resume="auto", **constant))
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert expected.keys() == found.keys()
     for step, values in expected.items():
