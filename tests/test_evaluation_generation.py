@@ -225,11 +225,12 @@ def test_samples_do_not_depend_on_the_batches(evaluation_context):
 
 
 def test_linear_judge_knows_brightness(evaluation_context, extractor):
-    context = evaluation_context(f"generation.features=[{extractor}]", *FAST, "generation.num_samples=6")
+    context = evaluation_context(f"generation.features=[{extractor}]", *FAST, "generation.num_samples=6", "num_images=5")
     with pytest.warns(UserWarning, match="FD-brightness: 6 samples for 6 feature dimensions"):
         result = evaluate_generation(context)
     assert "class agreement by logistic regression on brightness" in result.metrics
     assert any("6 samples for 6 feature dimensions" in note for note in result.notes)
+    assert any("5 validation images for 6 feature dimensions" in note for note in result.notes)
     assert any("judge was trained on 14 training images" in note for note in result.notes)
 
 

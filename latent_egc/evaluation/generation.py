@@ -59,14 +59,15 @@ def evaluate_generation(context: EvaluationContext) -> SuiteResult:
     for number, extractor in enumerate(extractors):
         real = _features_of_split(context, extractor, train, reference)
         generated, floor = (_features(context, extractor, images) for images in (samples, decoded))
-        few = min(len(generated), len(real))
-        if few <= generated.shape[1]:
-            message = (
-                f"FD-{extractor.name}: {few} samples for {generated.shape[1]} feature dimensions; the covariance is "
-                f"singular and the distance too large, draw more than {generated.shape[1]}"
-            )
-            warnings.warn(message, stacklevel=2)
-            notes.append(message + ".")
+        for what, found in (("samples", generated), ("validation images", floor)):
+            few = min(len(found), len(real))
+            if few <= found.shape[1]:
+                message = (
+                    f"FD-{extractor.name}: {few} {what} for {found.shape[1]} feature dimensions; the covariance is "
+                    f"singular and the distance too large, take more than {found.shape[1]}"
+                )
+                warnings.warn(message, stacklevel=2)
+                notes.append(message + ".")
         metrics |= _distances(context, extractor.name, real, generated)
         metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = Metric(
             frechet_distance(real, floor)
