@@ -100,7 +100,7 @@ class Report:
         page = environment.get_template("report.html.j2").render(
             subject=self.content["subject"],
             suites=self.content["suites"],
-            is_shown=lambda figure: self.with_data_images or not figure["shows_data"],
+            is_shown=lambda figure: self.with_data_images or not figure.get("shows_data", True),
             picture=lambda file: base64.b64encode((self.folder / file).read_bytes()).decode(),
             cell=cell_text,
             metric=read_metric,
