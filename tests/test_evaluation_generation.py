@@ -225,7 +225,8 @@ def test_samples_do_not_depend_on_the_batches(evaluation_context):
 
 
 def test_linear_judge_knows_brightness(evaluation_context, extractor):
-    context = evaluation_context(f"generation.features=[{extractor}]", *FAST, "generation.num_samples=6", "num_images=5")
+    few = ["generation.num_samples=6", "num_images=5"]
+    context = evaluation_context(f"generation.features=[{extractor}]", *FAST, *few)
     with pytest.warns(UserWarning, match="FD-brightness: 6 samples for 6 feature dimensions"):
         result = evaluate_generation(context)
     assert "class agreement by logistic regression on brightness" in result.metrics
