@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(VENV)/installed
-	$(BIN)/python scripts/quickstart.py
+	$(BIN)/python examples/quickstart.py
 
 # Sums over several threads depend on their number, and the tests start processes of their own: one thread each.
 test: $(VENV)/installed

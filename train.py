@@ -2,7 +2,7 @@
 
 import sys
 
-from latent_egc.cli import train_main
+from latent_egc.commands import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main())

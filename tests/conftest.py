@@ -1,118 +1,17 @@
-"""Tiny real components, made anew in every test: no mocks, no downloads."""
-
-from pathlib import Path
+"""What the tests are given."""
 
 import datasets
-import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, AutoencoderTiny
-from PIL import Image
-
-from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
-from latent_egc.config import DataConfig
-from latent_egc.pipelines.pipeline_egc import default_scheduler
-
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
-ROOT = Path(__file__).resolve().parents[1]
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data and weights in ../shared")
-
-
-def tiny_unet(randomise: bool = True, **overrides) -> EGCUNet:
-    """An EGCUNet of a few thousand parameters; `randomise` also fills the layers that start at zero."""
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 4,
-        "in_channels": 2,
-        "num_classes": 3,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "attention_levels": (1,),
-        "num_attention_heads": 2,
-        "norm_num_groups": 4,
-    } | overrides
-    return _filled(EGCUNet(**config), randomise)
-
-
-def tiny_transformer(randomise: bool = True, **overrides) -> EGCTransformer:
-    """As `tiny_unet`, an EGCTransformer with all of its options; 4 tokens."""
-    torch.manual_seed(0)
-    config = {
-        "sample_size": 4,
-        "in_channels": 2,
-        "num_classes": 3,
-        "width": 16,
-        "num_layers": 3,
-        "num_attention_heads": 2,
-        "long_skips": True,
-    } | overrides
-    return _filled(EGCTransformer(**config), randomise)
-
-
-def _filled(model: EnergyModel, randomise: bool) -> EnergyModel:
-    if randomise:
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-TINY_BACKBONES = {"unet": tiny_unet, "transformer": tiny_transformer}
-
-
-def tiny_kl(latent_channels: int = 2, **overrides) -> AutoencoderKL:
-    """An AutoencoderKL with random weights, factor 2."""
-    torch.manual_seed(1)
-    config = {
-        "block_out_channels": (4, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "latent_channels": latent_channels,
-        "norm_num_groups": 2,
-        "mid_block_add_attention": False,
-    } | overrides
-    return AutoencoderKL(**config).eval()
-
-
-def tiny_taesd(latent_channels: int = 2) -> AutoencoderTiny:
-    """An AutoencoderTiny with random weights, factor 2."""
-    torch.manual_seed(2)
-    return AutoencoderTiny(
-        encoder_block_out_channels=(4, 4),
-        decoder_block_out_channels=(4, 4),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-        latent_channels=latent_channels,
-    ).eval()
-
-
-def tiny_pipeline(vae: bool = True, names: tuple[str, ...] = ("cat", "dog", "cow"), **overrides) -> EGCPipeline:
-    """A pipeline of tiny random networks: 8x8 images through 4x4 latents, classes cat, dog and cow."""
-    model = tiny_unet(**overrides).eval()
-    names = dict(enumerate(names)) if model.config.num_classes else {}
-    pipeline = EGCPipeline(model, tiny_kl() if vae else None, default_scheduler(model), names, 2.0)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def write_images(folder: Path, classes=("cat", "cow", "dog"), per_class: int = 7) -> DataConfig:
-    """A folder of 8x8 images, each class of its own brightness; 7 of 21 are the validation split."""
-    rng = np.random.default_rng(0)
-    for level, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = rng.integers(60 * level, 60 * level + 120, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return DataConfig(dataset="imagefolder", data_dir=str(folder), image_size=8, validation_fraction=1 / 3)
+from tiny import tiny_pipeline, write_images
 
 
 @pytest.fixture
 def evaluation_context(tmp_path, monkeypatch):
     """A function: settings as overrides, and options of `tiny_pipeline` -> an EvaluationContext on 7 images."""
     # Only here: tests of the other parts shall not need the packages of the extra `eval`.
-    from latent_egc.evaluation import parse_settings
-    from latent_egc.evaluation.context import EvaluationContext
+    from latent_egc.measuring import parse_settings
+    from latent_egc.measuring.context import EvaluationContext
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     data = write_images(tmp_path / "images")
@@ -132,8 +31,9 @@ FAST_PROBE = ["timesteps=[0,90]", "poolings=[1,2]", "num_resamples=20", "linear.
 @pytest.fixture
 def probe_context(tmp_path, monkeypatch):
     """A function: settings as overrides, a denoiser (default: the tiny one) -> a ProbeContext on 14 + 7 images."""
-    from latent_egc.probing import load_denoiser, parse_settings
-    from latent_egc.probing.context import ProbeContext
+    from latent_egc.measuring.denoisers import load_denoiser
+    from latent_egc.measuring.probe_context import ProbeContext
+    from latent_egc.measuring.probe_settings import parse_settings
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     tiny_pipeline(names=("cat", "cow", "dog")).save_pretrained(tmp_path / "pipeline")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SHARED
+from tiny import ROOT, SHARED
 
 from latent_egc.config import Config, ConfigError, load_config, parse_config
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_unet
+from tiny import tiny_unet
 
 from latent_egc import EGCObjective
 

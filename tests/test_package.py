@@ -7,7 +7,7 @@ import zipfile
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 
 LAYERS = [
     {"models", "pipelines"},

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import ROOT, tiny_kl
 from PIL import Image
+from tiny import ROOT, tiny_kl
 
 from latent_egc import EGCPipeline
-from latent_egc.cli import main
+from latent_egc.commands import main
 from latent_egc.config import load_config
-from latent_egc.run_folder import read_metrics
-from latent_egc.training import train
+from latent_egc.training.checkpoints import read_metrics
+from latent_egc.training.loop import train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 NUM_IMAGES = 6

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .noise_schedule import noise_schedule
 from .recomputation import recomputed
 
 
@@ -52,41 +52,6 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
 def _values_can_be_checked(tensor: torch.Tensor) -> bool:
     """Compiled code cannot branch on values, and a tensor on the meta device has none."""
     return not torch.compiler.is_compiling() and tensor.device.type != "meta"
-
-
-def noise_schedule(
-    num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """abar_t, the share of signal left at each timestep; the schedules and names are diffusers'.
-
-    Args:
-        num_train_timesteps: T.
-        beta_start, beta_end: first and last beta; "squaredcos_cap_v2" ignores them.
-        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
-        dtype: float32 gives the very numbers of diffusers' schedulers.
-
-    Returns:
-        (T,) on the CPU, decreasing.
-
-    Raises:
-        ValueError: unknown `beta_schedule`, or betas not in 0 < beta_start <= beta_end < 1.
-    """
-    if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-    # The device is named so that a model built on the meta device (to count its parameters) still has its schedule.
-    options = {"dtype": dtype, "device": "cpu"}
-    if beta_schedule == "linear":
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, **options)
-    elif beta_schedule == "scaled_linear":
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, **options) ** 2
-    elif beta_schedule == "squaredcos_cap_v2":
-        with torch.device("cpu"):
-            betas = betas_for_alpha_bar(num_train_timesteps).to(dtype)
-    else:
-        raise ValueError(
-            f"beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got {beta_schedule!r}"
-        )
-    return torch.cumprod(1 - betas, dim=0)
 
 
 def attention_pool(energy_map: torch.Tensor) -> torch.Tensor:

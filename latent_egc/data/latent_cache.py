@@ -1,0 +1,288 @@
+"""The latent cache: every image encoded once, in several views, as a `datasets` dataset in shards.
+
+Crops and flips are drawn before encoding, since a mirrored latent is not the latent of the mirrored image. A shard is
+written to a temporary folder and renamed, so a killed run goes on behind the last whole one. `cache.json` says what was
+encoded how; a cache made otherwise is refused with what differs.
+
+    CACHE/cache.json   CACHE/train/00000/ ...   CACHE/validation/00000/ ...
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from latent_egc.config import Config, ConfigError
+from latent_egc.data.autoencoders import encode_moments, fingerprint, latent_shape, load_autoencoder
+from latent_egc.data.sources import CorruptImageError, ImageTable, Splits, keep_labels, load_splits
+from latent_egc.data.stream import AUGMENTATION, CACHED_VIEW, SampleStream, random_stream
+from latent_egc.data.views import central_view, clean_view
+
+IMAGES_PER_SHARD = 256
+# Half precision: its rounding, 2^-11 of a value, is far below the autoencoder's own error, and it halves the disk.
+STORED_DTYPE = "float16"
+
+# Keys of the data section that decide what is encoded; the others (workers, the cache's own place) do not.
+IDENTITY_KEYS = (
+    "dataset",
+    "subset",
+    "data_dir",
+    "data_files",
+    "train_split",
+    "validation_split",
+    "validation_fraction",
+    "image_column",
+    "label_column",
+    "image_size",
+    "horizontal_flip",
+    "random_resized_crop",
+    "num_views",
+)
+
+
+def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
+    """Writes the latent cache that `config.data.latent_cache` names; goes on where an earlier, killed call stopped.
+
+    Args:
+        config: a whole run's configuration; its data and autoencoder decide what is written.
+        batch_size: images encoded at once.
+        device: where the autoencoder runs.
+
+    Returns:
+        The cache's folder.
+
+    Raises:
+        ConfigError: no `data.latent_cache`, or the folder holds a cache of other data, views or autoencoder, or
+            files that are no cache.
+        CorruptImageError: an unreadable image, unless `data.skip_corrupt`.
+    """
+    if config.data.latent_cache is None:
+        raise ConfigError("data.latent_cache must name the folder to write")
+    if config.autoencoder.path is None:
+        raise ConfigError("autoencoder.path is null: pixel space has no latents to cache")
+    folder = Path(config.data.latent_cache)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache.json").is_file():
+        raise ConfigError(f"data.latent_cache={str(folder)!r} holds other files; name an empty or a new folder")
+    vae = load_autoencoder(config.autoencoder).to(device)
+    latent_shape(vae, config.data.image_size)
+    splits = load_splits(config.data, config.model.arguments["num_classes"])
+    record = _identity(config, vae) | {
+        "num_train": len(splits.train),
+        "num_validation": len(splits.validation),
+        "content": content_digest(splits),
+        "class_names": splits.class_names,
+        "images_per_shard": IMAGES_PER_SHARD,
+    }
+    if (folder / "cache.json").is_file():
+        _refuse_other(folder, _read_record(folder), record)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "cache.json", record)
+    num_skipped = 0
+    for table in (splits.train, splits.validation):
+        num_skipped += _encode_split(config, vae, table, folder / table.name, batch_size)
+    if num_skipped:
+        warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
+    _write_json(folder / "cache.json", record | {"complete": True})
+    return folder
+
+
+def _encode_split(config: Config, vae: ModelMixin, table: ImageTable, folder: Path, batch_size: int) -> int:
+    """Encodes what is missing of one split, shard by shard; returns how many images were skipped."""
+    folder.mkdir(exist_ok=True)
+    num_skipped = 0
+    with tqdm(total=len(table), desc=f"encode {table.name}", unit="image") as progress:
+        for number, first in enumerate(range(0, len(table), IMAGES_PER_SHARD)):
+            indices = range(first, min(first + IMAGES_PER_SHARD, len(table)))
+            shard, unfinished = folder / f"{number:05d}", folder / f"{number:05d}.tmp"
+            if not shard.exists():
+                rows, skipped = _encode_rows(config, vae, table, indices, batch_size)
+                num_skipped += skipped
+                shutil.rmtree(unfinished, ignore_errors=True)
+                if rows is None:
+                    unfinished.mkdir()
+                else:
+                    with _no_datasets_progress():
+                        rows.save_to_disk(unfinished)
+                os.replace(unfinished, shard)
+            progress.update(len(indices))
+    return num_skipped
+
+
+@contextmanager
+def _no_datasets_progress() -> Iterator[None]:
+    """Without the bar that `datasets` draws for every shard, in the middle of ours."""
+    was_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_disabled:
+            datasets.enable_progress_bars()
+
+
+def _encode_rows(
+    config: Config, vae: ModelMixin, table: ImageTable, indices: range, batch_size: int
+) -> tuple[datasets.Dataset | None, int]:
+    """The rows of one shard, None where every image is corrupt, and how many images were skipped."""
+    data, is_train = config.data, table.name == "train"
+    views, labels, num_skipped = [], [], 0
+    for index in indices:
+        try:
+            image = table.image(index)
+        except CorruptImageError as error:
+            if not data.skip_corrupt:
+                raise
+            warnings.warn(str(error), stacklevel=2)
+            num_skipped += 1
+            continue
+        central = [central_view(image, data.image_size)]
+        clean = []
+        if is_train:
+            if data.horizontal_flip:
+                central.append(central[0].flip(-1))
+            rng = random_stream(0, CACHED_VIEW, index)
+            clean = [clean_view(image, data, rng) for _ in range(data.num_views)]
+        views.append(torch.stack(central + clean))
+        labels.append(int(table.labels[index]))
+    num_central = 2 if is_train and data.horizontal_flip else 1
+    if not views:
+        return None, num_skipped
+    pixel_values = torch.cat(views)
+    moments = torch.cat([encode_moments(vae, batch).cpu() for batch in pixel_values.split(batch_size)])
+    stored = moments.unflatten(0, (len(views), -1)).numpy().astype(STORED_DTYPE)  # (images, views, C', h, w)
+    columns: dict[str, Any] = {"moments": stored[:, :num_central], "label": labels}
+    features = {
+        "moments": datasets.Array4D(stored[0, :num_central].shape, STORED_DTYPE),
+        "label": datasets.Value("int64"),
+    }
+    if is_train:
+        columns["clean_moments"] = stored[:, num_central:]
+        features["clean_moments"] = datasets.Array4D(stored[0, num_central:].shape, STORED_DTYPE)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), num_skipped
+
+
+@dataclasses.dataclass
+class LatentCache:
+    """A finished cache, opened for reading; rows are memory-mapped."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    class_names: list[str]
+
+
+def open_cache(config: Config, vae: ModelMixin) -> LatentCache:
+    """Opens `config.data.latent_cache` for a run with this configuration and autoencoder.
+
+    Raises:
+        ConfigError: no cache there, an unfinished one, or one of other data, views or autoencoder: what differs.
+    """
+    folder = Path(config.data.latent_cache)
+    record = _read_record(folder)
+    _refuse_other(folder, record, _identity(config, vae))
+    if not record.get("complete"):
+        raise ConfigError(f"data.latent_cache={str(folder)!r} is unfinished; `latent-egc encode` goes on with it")
+    splits = []
+    for name in ("train", "validation"):
+        # A shard of which every image was corrupt is an empty folder.
+        shards = [shard for shard in sorted((folder / name).glob("[0-9]" * 5)) if any(shard.iterdir())]
+        if not shards:
+            raise ConfigError(f"data.latent_cache={str(folder)!r}: the {name} split holds no readable image")
+        rows = datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in shards])
+        splits.append(rows.with_format("numpy"))
+    return LatentCache(splits[0], splits[1], record["class_names"])
+
+
+class CachedViews(Dataset):
+    """Two cached views of each sample's image, for the noisy and the clean branch: moments.
+
+    Args:
+        rows: the train split of a cache.
+        seed: the run's.
+        label_fraction: the share of labels to keep.
+    """
+
+    def __init__(self, rows: datasets.Dataset, seed: int, label_fraction: float = 1.0) -> None:
+        self.rows, self.seed = rows, seed
+        self.labels = keep_labels(np.asarray(rows["label"]), label_fraction, seed)
+        self.stream = SampleStream(len(rows), seed)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """view, clean_view (C', h, w) float32; class_labels (); num_skipped (), always 0."""
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """One item for each sample."""
+        # One read for the whole batch: row by row, finding and unpacking them takes longer than the rest.
+        indices = [self.stream.image_index(sample) for sample in samples]
+        rows = self.rows[indices]
+        items = []
+        for i, sample in enumerate(samples):
+            rng = random_stream(self.seed, AUGMENTATION, sample)
+            view, clean = (rows[key][i][rng.integers(len(rows[key][i]))] for key in ("moments", "clean_moments"))
+            items.append(
+                {
+                    "view": torch.from_numpy(view.astype(np.float32)),
+                    "clean_view": torch.from_numpy(clean.astype(np.float32)),
+                    "class_labels": torch.tensor(self.labels[indices[i]]),
+                    "num_skipped": torch.tensor(0),
+                }
+            )
+        return items
+
+
+def _identity(config: Config, vae: ModelMixin) -> dict[str, Any]:
+    values = {f"data.{key}": getattr(config.data, key) for key in IDENTITY_KEYS}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return values | {"autoencoder": fingerprint(vae), "labelled": config.model.arguments["num_classes"] is not None}
+
+
+def content_digest(splits: Splits) -> str:
+    """Of all labels and three images a split: another dataset in the same place is noticed before shards are mixed."""
+    digest = hashlib.sha256()
+    for table in (splits.train, splits.validation):
+        digest.update(table.labels.tobytes())
+        for index in sorted({0, len(table) // 2, len(table) - 1}):
+            try:
+                digest.update(table.image(index).tobytes())
+            except CorruptImageError:
+                digest.update(b"corrupt")
+    return digest.hexdigest()[:16]
+
+
+def _refuse_other(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    differences = [
+        f"{key}: the cache has {found.get(key)!r}, this run {value!r}"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
+    if differences:
+        raise ConfigError(f"data.latent_cache={str(folder)!r} was made otherwise: " + "; ".join(differences))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "cache.json").read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"data.latent_cache={str(folder)!r} holds no latent cache; write it with `latent-egc encode CONFIG`"
+        ) from error
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=1))
+    os.replace(unfinished, path)

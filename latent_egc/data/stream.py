@@ -1,0 +1,113 @@
+"""The training stream."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+# What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
+ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE, KEPT_LABELS = range(6)
+
+
+def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """The random numbers of one purpose for one sample (or epoch): counter-based, so any is reached at once."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, number]))
+
+
+def noise_generator(seed: int, number: int) -> torch.Generator:
+    """What draws the starting noise of sample `number`; the same on any device, in any batch."""
+    return torch.Generator().manual_seed(seed * 2**20 + number)
+
+
+class SampleStream:
+    """The endless sequence of training samples: epoch after epoch of `num_images`, each in its own order."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def image_index(self, sample: int) -> int:
+        """Which image sample number `sample` shows."""
+        epoch, position = divmod(sample, self.num_images)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, random_stream(self.seed, ORDER, epoch).permutation(self.num_images)
+        return int(self._order[position])
+
+
+class BatchSchedule(Sampler[list[int]]):
+    """Which samples this process takes in which micro-batch; together the processes cover the stream without a gap.
+
+    Args:
+        first_step, max_steps: the optimiser steps to schedule, [first_step, max_steps).
+        batch_size: rows a micro-batch and process.
+        accumulation: micro-batches a step.
+        process_index, num_processes: this process among all.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        max_steps: int,
+        batch_size: int,
+        accumulation: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.micro_batches = range(first_step * accumulation, max_steps * accumulation)
+        self.batch_size = batch_size
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro_batch in self.micro_batches:
+            first = (micro_batch * self.num_processes + self.process_index) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+def sample_draws(
+    seed: int, sample: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
+) -> dict[str, torch.Tensor]:
+    """The random quantities of one training sample, besides its views.
+
+    Args:
+        seed: the run's.
+        sample: the sample's number in the stream.
+        shape: (C, h, w) of the latents.
+        num_timesteps: timesteps are uniform in [0, num_timesteps).
+        label_drop: probability that the class embedding sees the null label.
+
+    Returns:
+        noise, posterior_noise, clean_posterior_noise (C, h, w) float32; timesteps () int64; label_dropped () bool.
+    """
+    rng = random_stream(seed, NOISE, sample)
+    return {
+        "timesteps": torch.tensor(rng.integers(num_timesteps)),
+        "label_dropped": torch.tensor(rng.random() < label_drop),
+        "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "clean_posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+    }
+
+
+class TrainingSamples(Dataset):
+    """The training stream: `views` (of pixels or of cached moments) joined with `sample_draws`."""
+
+    def __init__(
+        self, views: Dataset, seed: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
+    ) -> None:
+        self.views = views
+        self.draws = (seed, shape, num_timesteps, label_drop)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """Everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """One item for each sample."""
+        seed, *rest = self.draws
+        views = self.views.__getitems__(samples)
+        return [{**view, **sample_draws(seed, sample, *rest)} for view, sample in zip(views, samples, strict=True)]

@@ -1,0 +1,100 @@
+"""Views of an image."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from latent_egc.config import DataConfig
+from latent_egc.data.sources import CorruptImageError, ImageTable
+from latent_egc.data.stream import AUGMENTATION, KEPT_LABELS, SampleStream, random_stream
+from latent_egc.pipelines.images import preprocess_images
+
+
+def central_view(image: Image.Image, size: int, flipped: bool = False) -> torch.Tensor:
+    """(3, size, size) in [-1, 1]: shorter side resized, centre cropped, mirrored if asked."""
+    pixel_values = preprocess_images(image, size)[0]
+    return pixel_values.flip(-1) if flipped else pixel_values
+
+
+def clean_view(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> torch.Tensor:
+    """(3, size, size) in [-1, 1]: the clean branch's stronger augmentation, a random crop resized and perhaps mirrored.
+
+    The crop's area share is uniform in `random_resized_crop`, its aspect ratio log-uniform in [3/4, 4/3]: the Inception
+    crop of Szegedy et al. (CVPR 2015), torchvision's RandomResizedCrop.
+    """
+    flipped = config.horizontal_flip and rng.random() < 0.5
+    if config.random_resized_crop is not None:
+        width, height = image.size
+        for _ in range(10):
+            area = width * height * rng.uniform(*config.random_resized_crop)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if crop_width <= width and crop_height <= height:
+                left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
+                box = (left, top, left + crop_width, top + crop_height)
+                size = (config.image_size, config.image_size)
+                image = image.resize(size, Image.Resampling.LANCZOS, box=box)
+                break
+    return central_view(image, config.image_size, flipped)
+
+
+def keep_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Hides labels: of each class the given share, rounded, but at least one label is kept.
+
+    Args:
+        labels: (M,) int64; -1 = unlabelled, which stays so.
+        fraction: in (0, 1].
+        seed: which ones are kept; with the same seed a smaller share is a part of a larger one.
+
+    Returns:
+        (M,) int64, -1 in the place of a hidden label.
+    """
+    kept = np.full_like(labels, -1)
+    for label in np.unique(labels[labels >= 0]):
+        (rows,) = np.nonzero(labels == label)
+        rows = random_stream(seed, KEPT_LABELS, int(label)).permutation(rows)
+        kept[rows[: max(1, round(fraction * len(rows)))]] = label
+    return kept
+
+
+class PixelViews(Dataset):
+    """Two views of each sample's image, for the noisy and the clean branch: images, to be encoded by the training step.
+
+    Args:
+        table: the train split.
+        config: sizes, augmentation and the share of labels to keep.
+        seed: the run's.
+    """
+
+    def __init__(self, table: ImageTable, config: DataConfig, seed: int) -> None:
+        self.table, self.config, self.seed = table, config, seed
+        self.labels = keep_labels(table.labels, config.label_fraction, seed)
+        self.stream = SampleStream(len(table), seed)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
+        index, num_skipped = self.stream.image_index(sample), 0
+        while True:
+            try:
+                image = self.table.image(index)
+                break
+            except CorruptImageError:
+                num_skipped += 1
+                if not self.config.skip_corrupt or num_skipped == len(self.table):
+                    raise
+                index = (index + 1) % len(self.table)
+        rng = random_stream(self.seed, AUGMENTATION, sample)
+        flipped = self.config.horizontal_flip and bool(rng.random() < 0.5)
+        return {
+            "view": central_view(image, self.config.image_size, flipped),
+            "clean_view": clean_view(image, self.config, rng),
+            "class_labels": torch.tensor(self.labels[index]),
+            "num_skipped": torch.tensor(num_skipped),
+        }
+
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """One item for each sample."""
+        return [self[sample] for sample in samples]

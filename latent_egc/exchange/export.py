@@ -1,0 +1,152 @@
+"""Export: one self-contained folder that loads with latent-egc installed and without it.
+
+The folder holds the weights, the code files of the energy network and the pipeline (they import torch, diffusers and
+the standard library only), and a model card with the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses the
+installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` uses the code beside the weights.
+"""
+
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from latent_egc.atomic import check_unoccupied, replace_folder
+from latent_egc.config import BACKBONES
+from latent_egc.pipelines import EGCPipeline
+from latent_egc.training.checkpoints import pipeline_folder, read_metrics, read_record
+
+CARD = """\
+# {name}
+
+One energy network over {latents}: its forward pass classifies, its input gradient denoises, so the same weights
+classify images and sample them. Made with latent-egc, after EGC (Guo et al., ICCV 2023, arXiv 2304.02012).
+
+{grid}
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+{sample_call}
+{classify_call}```
+
+With latent-egc installed, `EGCPipeline.from_pretrained("{name}")` does the same and runs no code from the repository.
+
+## Measured
+
+{numbers}
+
+## The run
+
+```yaml
+{config}```
+"""
+
+
+def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) -> Path:
+    """Writes a run's pipeline as a folder for the Hub.
+
+    Args:
+        run: a run's folder; its last pipeline is taken, or its best checkpoint's where training has not ended.
+        folder: what to write; must not exist, or be empty.
+        push_to_hub: a repository such as "user/name" to upload the folder to; created where it does not exist.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        FileNotFoundError: no pipeline in `run`.
+        ConfigError: `folder` holds something.
+        CheckpointError: writing failed; nothing half-written stays.
+    """
+    run, folder = Path(run), Path(folder)
+    source = pipeline_folder(run)
+    check_unoccupied(folder)
+
+    def write(unfinished: Path) -> None:
+        shutil.copytree(source, unfinished, dirs_exist_ok=True)
+        _add_code(unfinished)
+        _add_card(unfinished, run, source, push_to_hub or folder.name)
+
+    replace_folder(folder, write)
+    if push_to_hub is not None:
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="Export from latent-egc")
+    return folder
+
+
+def _add_code(folder: Path) -> None:
+    """Puts the code files beside the weights and names them in model_index.json as diffusers wants it."""
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text())
+    class_name = index["energy_model"][1]
+    backbone = next(cls for cls in BACKBONES.values() if cls.__name__ == class_name)
+    module = Path(inspect.getfile(backbone))
+    # One file, because diffusers downloads none but the one that model_index.json names.
+    (folder / "energy_model" / module.name).write_text(_bundle(module, set()))
+    pipeline_module = Path(inspect.getfile(EGCPipeline))
+    shutil.copy(pipeline_module, folder / pipeline_module.name)
+    index["_class_name"] = [pipeline_module.stem, EGCPipeline.__name__]
+    index["energy_model"] = [module.stem, class_name]
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bundle(module: Path, included: set[str]) -> str:
+    """The module's source, behind that of the modules beside it that it imports, each once."""
+    included.add(module.stem)
+    own, bundled = [], ""
+    for line in module.read_text().splitlines(keepends=True):
+        relative = re.match(r"from \.(\w+) import ", line)
+        if relative is None:
+            own.append(line)
+        elif relative[1] not in included:
+            bundled += _bundle(module.with_name(f"{relative[1]}.py"), included)
+    return bundled + f"# latent_egc/models/{module.name}\n" + "".join(own) + "\n\n"
+
+
+def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
+    """Writes README.md: what the model is, how to use it, what was measured, the run's configuration, its samples."""
+    config_file, metrics_file = run / "config.yaml", run / "metrics.jsonl"
+    config_text = config_file.read_text() if config_file.is_file() else ""
+    config = yaml.safe_load(config_text) or {}
+    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
+    if (source.parent / "checkpoint.json").is_file():  # an unfinished run: only what was known at its checkpoint
+        step = read_record(source.parent).global_step
+        metrics = [row for row in metrics if row["step"] <= step]
+    evaluations = [row for row in metrics if "validation_denoising_loss" in row]
+    numbers = "No evaluation was recorded."
+    if evaluations:
+        rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in evaluations[-1].items())
+        numbers = f"On the validation split, averaged weights:\n\n| | |\n|---|---|\n{rows}"
+
+    grids = sorted((run / "samples").glob("step-*.png"))
+    if grids:
+        shutil.copy(grids[-1], folder / "samples.png")
+    pipeline = EGCPipeline.from_pretrained(folder)
+    model_config, names = pipeline.energy_model.config, list(pipeline.id2label.values())
+    size = f"{model_config.in_channels}x{model_config.sample_size}x{model_config.sample_size}"
+    space = "pixels" if pipeline.vae is None else "latents of a pretrained autoencoder"
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-classification" if names else "unconditional-image-generation",
+        tags=["latent-egc", "energy-based-model", "image-generation", "image-classification"],
+    )
+    call = f"class_labels={names[0]!r}, " if names else ""
+    card = CARD.format(
+        name=name,
+        latents=f"{size} {space}, {pipeline.image_size} px images",
+        grid="![samples](samples.png)\n" if grids else "",
+        sample_call=f"image = pipe({call}num_inference_steps={_steps(config)}).images[0]",
+        classify_call="print(pipe.classify(image, top_k=1).labels)\n" if names else "",
+        numbers=numbers,
+        config=config_text,
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}").save(folder / "README.md")
+
+
+def _steps(config: dict) -> int:
+    return config.get("sampling", {}).get("num_inference_steps", 50)

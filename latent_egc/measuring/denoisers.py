@@ -1,0 +1,220 @@
+"""A frozen denoiser to take features from: an energy network, or a U-Net or transformer of diffusers.
+
+Features are read by forward hooks on the network's blocks, one mechanism for all of them, and the only one by which
+DifFeed can add to a block's output. Names are those of `EnergyModel.features`: "in", then "down.LEVEL.LAYER",
+"mid.LAYER" and "up.LEVEL.LAYER" (LEVEL 0 is the finest), or "block.LAYER".
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from torch import nn
+
+from latent_egc.config import ConfigError
+from latent_egc.data.autoencoders import encode_moments, fingerprint, latents_from_moments
+from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
+from latent_egc.pipelines import EGCPipeline
+from latent_egc.training.checkpoints import pipeline_folder
+
+# A block's feature map (N, D, h, w) -> what takes its place.
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Denoiser:
+    """A frozen network that sees noisy latents (or pixels) and a timestep, and the way from images to latents.
+
+    Args:
+        network: an `EnergyModel`, a `UNet2DModel` or a `DiTTransformer2DModel`.
+        vae: the autoencoder whose latents it was trained on; None: pixels in [-1, 1].
+        alphas_cumprod: (T,) abar_t of its noise schedule.
+        class_names: of the energy network's classifier; empty for others.
+        source: where it came from, for messages and for training on.
+
+    Raises:
+        ConfigError: another kind of network, or one that cannot be used without labels.
+    """
+
+    def __init__(
+        self,
+        network: ModelMixin,
+        vae: ModelMixin | None,
+        alphas_cumprod: torch.Tensor,
+        class_names: list[str] | None = None,
+        source: str = "",
+    ) -> None:
+        self.network, self.vae = network.eval().requires_grad_(False), vae
+        self.class_names, self.source = class_names or [], source
+        self.blocks = _blocks(network)
+        self.alphas_cumprod = alphas_cumprod.float().to(network.device)
+        size, self.channels = network.config.sample_size, network.config.in_channels
+        if not isinstance(size, int):
+            raise ConfigError(f"{source}: {type(network).__name__} needs a square sample_size, got {size!r}")
+        latent_channels = 3 if vae is None else vae.config.latent_channels
+        if self.channels != latent_channels:
+            what = "pixels, as there is no autoencoder," if vae is None else f"latents of {type(vae).__name__}"
+            raise ConfigError(f"{source}: the network takes {self.channels} channels, {what} have {latent_channels}")
+        if vae is not None:
+            vae.eval().requires_grad_(False)
+        self.sample_size = size
+        self.image_size = size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+
+    @property
+    def fingerprint(self) -> str:
+        """Another value means other weights, another autoencoder or another noise schedule."""
+        schedule = f"T={len(self.alphas_cumprod)}, abar_T={self.alphas_cumprod[-1].item():.4g}"
+        return f"{fingerprint(self.network)} with {fingerprint(self.vae)}, {schedule}"
+
+    @property
+    def feedback_pairs(self) -> list[tuple[str, str]]:
+        """(later, earlier) blocks that DifFeed joins: each level's last on the way up and last on the way down.
+
+        A transformer, which has no levels, joins its second half's blocks to the first half's, mirrored.
+        """
+        names = list(self.blocks)
+        if any(name.startswith("block.") for name in names):
+            layers = [name for name in names if name.startswith("block.")]
+            return [(layers[-1 - i], layers[i]) for i in range(len(layers) // 2)]
+        last: dict[str, dict[str, str]] = {"up": {}, "down": {}}
+        for name in names:
+            side, *place = name.split(".")
+            if side in last:
+                last[side][place[0]] = name
+        return [(last["up"][level], last["down"][level]) for level in last["up"]]
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, C, h, w) by the posterior's mean."""
+        return latents_from_moments(self.vae, encode_moments(self.vae, pixel_values))
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Latents (N, C, h, w) brought to a timestep's noise level."""
+        abar = self.alphas_cumprod[timestep]
+        return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+    def features(
+        self, noisy_latents: torch.Tensor, timestep: int, edits: Mapping[str, Edit] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Every block's output map, without a label (the null one, where the network was trained with one).
+
+        Args:
+            noisy_latents: (N, C, h, w) at `timestep`.
+            timestep: in [0, T).
+            edits: block -> what to do with its map before the network goes on; the features are the edited ones.
+
+        Returns:
+            Block -> (N, D, h', w'), in the order of the forward pass.
+        """
+        maps: dict[str, torch.Tensor] = {}
+
+        def hook(name: str) -> Callable:
+            def read(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+                is_tokens = output.ndim == 3
+                if is_tokens:  # (N, T, D), row by row of a square
+                    output = output.transpose(1, 2).unflatten(2, (int(output.shape[1] ** 0.5), -1))
+                if edits is None or name not in edits:
+                    maps[name] = output
+                    return None
+                maps[name] = output = edits[name](output)
+                return output.flatten(2).transpose(1, 2) if is_tokens else output
+
+            return read
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in self.blocks.items()]
+        try:
+            self._run(noisy_latents.to(self.network.dtype), timestep)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return maps
+
+    def _run(self, noisy_latents: torch.Tensor, timestep: int) -> None:
+        network = self.network
+        if isinstance(network, EnergyModel):
+            network.features(noisy_latents, timestep)  # without the output layers
+            return
+        timesteps = torch.full((len(noisy_latents),), timestep, device=noisy_latents.device)
+        labels = None
+        if isinstance(network, DiTTransformer2DModel):  # the null label is the row behind the classes'
+            labels = torch.full_like(timesteps, network.config.num_embeds_ada_norm)
+        network(noisy_latents, timesteps, class_labels=labels)
+
+
+def _blocks(network: ModelMixin) -> dict[str, nn.Module]:
+    """Name -> the module whose output is the block's. Raises ConfigError for a network that is not supported."""
+    if isinstance(network, EGCTransformer):
+        return {"in": network.patch_embedding} | {f"block.{i}": block for i, block in enumerate(network.blocks)}
+    if isinstance(network, DiTTransformer2DModel):
+        blocks = enumerate(network.transformer_blocks)
+        return {"in": network.pos_embed} | {f"block.{i}": block for i, block in blocks}
+    if isinstance(network, EGCUNet):
+        down, up, mid = network.down_blocks, network.up_blocks, network.mid_blocks
+    elif isinstance(network, UNet2DModel):
+        if network.class_embedding is not None:
+            raise ConfigError(
+                "a UNet2DModel with class embedding has no null label; it cannot be probed without labels"
+            )
+        down, up = ([_layers(level) for level in levels] for levels in (network.down_blocks, network.up_blocks))
+        mid = [] if network.mid_block is None else [network.mid_block]
+    else:
+        raise ConfigError(
+            f"a {type(network).__name__} cannot be probed; the denoiser must be an EGCUNet, an EGCTransformer, a "
+            "UNet2DModel or a DiTTransformer2DModel"
+        )
+    blocks = {"in": network.conv_in}
+    blocks |= {f"down.{level}.{i}": block for level, layers in enumerate(down) for i, block in enumerate(layers)}
+    blocks |= {f"mid.{i}": block for i, block in enumerate(mid)}
+    finest_last = zip(reversed(range(len(up))), up, strict=True)
+    return blocks | {f"up.{level}.{i}": block for level, layers in finest_last for i, block in enumerate(layers)}
+
+
+def _layers(level: nn.Module) -> list[nn.Module]:
+    """The layers of one level of diffusers' U-Net: an attention's output where one follows the ResNet block."""
+    return list(getattr(level, "attentions", None) or level.resnets)
+
+
+def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
+    """A denoiser by what holds it.
+
+    Args:
+        source: a run's folder, a folder or Hub id of a pipeline (`EGCPipeline`, or one of diffusers with a `unet` or
+            `transformer`), or of a bare `UNet2DModel` or `DiTTransformer2DModel`, whose noise schedule is then taken to
+            be DDPM's (`DDPMScheduler()`).
+        device: where it shall run.
+
+    Raises:
+        ConfigError: nothing there that can be loaded, or no denoiser that can be probed.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ConfigError(f"no such run, pipeline or network: {source}")
+    try:
+        if folder.is_dir() and (folder / "config.json").is_file():
+            return Denoiser(AutoModel.from_pretrained(str(folder)).to(device), None, _ddpm_schedule(), source=source)
+        place = str(pipeline_folder(folder)) if folder.exists() else source
+        try:
+            components = DiffusionPipeline.load_config(place)
+        except OSError:  # a Hub repository of one network
+            return Denoiser(AutoModel.from_pretrained(place).to(device), None, _ddpm_schedule(), source=source)
+        if "energy_model" in components:
+            pipeline = EGCPipeline.from_pretrained(place).to(device)
+            network, names = pipeline.energy_model, [name for _, name in sorted(pipeline.id2label.items())]
+            return Denoiser(network, pipeline.vae, network.alphas_cumprod, names, place)
+        pipeline = DiffusionPipeline.from_pretrained(place).to(device)
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source} cannot be loaded: {error}") from error
+    parts = pipeline.components
+    network = parts.get("unet") or parts.get("transformer")
+    if network is None:
+        raise ConfigError(f"{source}: {type(pipeline).__name__} has neither a unet nor a transformer")
+    schedule = getattr(pipeline.scheduler, "alphas_cumprod", None)
+    if schedule is None:
+        raise ConfigError(f"{source}: {type(pipeline.scheduler).__name__} has no alphas_cumprod, the noise is unknown")
+    return Denoiser(network, parts.get("vae") or parts.get("vqvae"), schedule, source=source)
+
+
+def _ddpm_schedule() -> torch.Tensor:
+    return DDPMScheduler().alphas_cumprod

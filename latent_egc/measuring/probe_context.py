@@ -1,0 +1,163 @@
+"""What every analysis is given: features, labels, and the block, timestep and pooling to look at."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from latent_egc.config import ConfigError, DataConfig
+from latent_egc.data.latent_cache import content_digest
+from latent_egc.data.sources import ImageTable, load_splits
+from latent_egc.measuring.denoisers import Denoiser
+from latent_egc.measuring.feature_cache import FeatureCache, Rows, replace_text
+from latent_egc.measuring.linear_probe import ProbeScore, linear_probe, standardised
+from latent_egc.measuring.probe_settings import ProbeSettings
+from latent_egc.measuring.results import Metric, bootstrapped
+
+# Keys of the data section that do not change which pixels and labels there are.
+WITHOUT_EFFECT = {"latent_cache", "num_workers", "skip_corrupt", "num_views", "random_resized_crop", "horizontal_flip"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where features are taken."""
+
+    block: str
+    timestep: int
+    pooling: int
+
+    def __str__(self) -> str:
+        return f"{self.block}, timestep {self.timestep}, {self.pooling} x {self.pooling}"
+
+
+class ProbeContext:
+    """A denoiser, the images it is probed with, and the settings.
+
+    Args:
+        denoiser: whose features.
+        data: the dataset; its `image_size` gives way to the denoiser's. Heads train on its training split and are
+            judged on its validation split.
+        settings: of the probe.
+        folder: for the feature cache.
+
+    Raises:
+        ConfigError: a dataset without labels, or settings that do not fit the denoiser.
+    """
+
+    def __init__(self, denoiser: Denoiser, data: DataConfig, settings: ProbeSettings, folder: Path) -> None:
+        self.denoiser, self.settings = denoiser, settings
+        self.data = dataclasses.replace(data, image_size=denoiser.image_size)
+        self.splits = load_splits(self.data, "any")
+        train = self._labelled(self.splits.train, settings.num_train_images)
+        validation = self._labelled(self.splits.validation, settings.num_images)
+        self.train_labels = self.splits.train.labels[train.rows]
+        self.labels = self.splits.validation.labels[validation.rows]
+        identity = {
+            "data": {key: value for key, value in dataclasses.asdict(self.data).items() if key not in WITHOUT_EFFECT},
+            "content": content_digest(self.splits),
+        }
+        self.cache = FeatureCache(folder, denoiser, {"train": train, "validation": validation}, settings, identity)
+        for key, name in (("block", settings.block), *(("fusion.blocks", b) for b in settings.fusion.blocks or ())):
+            if name is not None and name not in self.cache.blocks:
+                raise ConfigError(f"{key}: {name!r} is not among the blocks {', '.join(self.cache.blocks)}")
+
+    def _labelled(self, table: ImageTable, count: int | None) -> Rows:
+        rows = np.flatnonzero(table.labels >= 0)
+        if len(rows) < 2:
+            raise ConfigError(f"the {table.name} split has {len(rows)} labelled images, a probe needs at least two")
+        if count is not None and count < len(rows):
+            rows = np.sort(np.random.default_rng(self.settings.seed).choice(rows, count, replace=False))
+        return Rows(table, rows)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The dataset's, in the order of their ids."""
+        return self.splits.class_names
+
+    def features(self, split: str, place: Place) -> np.ndarray:
+        """(N, D, p, p) float32."""
+        return self.cache.features(split, place.timestep, place.block, place.pooling)
+
+    def standardised(self, place: Place) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation features (N, D, p, p) with the training features' mean 0 and deviation 1."""
+        train, validation = standardised(self.features("train", place), self.features("validation", place))
+        return train, validation
+
+    def probe(self, place: Place) -> tuple[ProbeScore, np.ndarray]:
+        """The linear probe there: its score and its predictions of the validation rows."""
+        train, validation = self.features("train", place), self.features("validation", place)
+        config, seed = self.settings.linear, self.settings.seed
+        return linear_probe(train, self.train_labels, validation, self.labels, config, seed)
+
+    def score(self, place: Place) -> ProbeScore:
+        """The linear probe's score, remembered on disk: a killed heat map goes on behind its last cell."""
+        values = json.dumps([dataclasses.asdict(self.settings.linear), self.settings.seed])
+        path = self.cache.folder / f"scores_{hashlib.sha256(values.encode()).hexdigest()[:8]}.json"
+        scores = json.loads(path.read_text()) if path.exists() else {}
+        if str(place) not in scores:
+            scores[str(place)] = dataclasses.asdict(self.probe(place)[0])
+            replace_text(path, json.dumps(scores, indent=1))
+        return ProbeScore(**scores[str(place)])
+
+    @cached_property
+    def scores(self) -> dict[Place, ProbeScore]:
+        """The heat map: every block at every timestep, at `heatmap.pooling`."""
+        settings = self.settings
+        places = [Place(b, t, settings.heatmap.pooling) for t in settings.timesteps for b in self.cache.blocks]
+        return {place: self.score(place) for place in tqdm(places, desc="linear probes", leave=False)}
+
+    @cached_property
+    def poolings(self) -> dict[Place, ProbeScore]:
+        """The pooling curve, at the chosen block and timestep; poolings above the map's size are left out."""
+        where = self._block_and_timestep
+        largest = self.cache.stored_pooling(where.timestep, where.block)
+        places = [dataclasses.replace(where, pooling=p) for p in sorted(self.settings.poolings) if p <= largest]
+        return {place: self.score(place) for place in places}
+
+    @cached_property
+    def _block_and_timestep(self) -> Place:
+        """As set, or the best of the heat map on held-out training rows."""
+        settings = self.settings
+        if settings.block is not None and settings.timestep is not None:
+            return Place(settings.block, settings.timestep, settings.heatmap.pooling)
+        allowed = {
+            place: score
+            for place, score in self.scores.items()
+            if settings.block in (None, place.block) and settings.timestep in (None, place.timestep)
+        }
+        return best(allowed)
+
+    @cached_property
+    def place(self) -> Place:
+        """The block, timestep and pooling that the other analyses look at."""
+        if self.settings.pooling is not None:
+            return dataclasses.replace(self._block_and_timestep, pooling=self.settings.pooling)
+        return best(self.poolings)
+
+    def timesteps_of(self, analyses: list[str]) -> list[int]:
+        """The timesteps whose features these analyses read."""
+        settings, everywhere = self.settings, {"heatmap", "fusion", "cka"}
+        if settings.block is None or settings.timestep is None or everywhere.intersection(analyses):
+            return list(settings.timesteps)
+        return [settings.timestep]
+
+    def accuracy(self, correct: np.ndarray) -> Metric:
+        """The mean of (M,) zeros and ones with its bootstrap interval."""
+        settings = self.settings
+        return bootstrapped(
+            np.mean, correct.astype(float), num_resamples=settings.num_resamples, seed=settings.seed, percent=True
+        )
+
+    def accuracy_of(self, score: ProbeScore) -> Metric:
+        """A score's accuracy with its interval, which depends on the number of correct images alone."""
+        return self.accuracy(np.arange(len(self.labels)) < round(score.accuracy * len(self.labels)))
+
+
+def best(scores: dict[Place, ProbeScore]) -> Place:
+    """The place with the highest accuracy on held-out training rows, the first of equals."""
+    return max(scores, key=lambda place: scores[place].held_out)

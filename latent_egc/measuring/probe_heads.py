@@ -1,0 +1,124 @@
+"""Classification heads on frozen features, and the one loop that trains them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from latent_egc.measuring.probe_settings import HeadsSettings
+
+NUM_HEADS = 4  # of every attention here
+
+
+def linear_head(channels: int, pooling: int, num_classes: int) -> nn.Module:
+    """Logits of the flattened map (N, D, p, p)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * pooling**2, num_classes))
+
+
+def mlp_head(channels: int, pooling: int, num_classes: int, width: int) -> nn.Module:
+    """One hidden layer over the flattened map."""
+    inner = nn.Linear(channels * pooling**2, width)
+    return nn.Sequential(nn.Flatten(), inner, nn.ReLU(), nn.Linear(width, num_classes))
+
+
+def cnn_head(channels: int, num_classes: int, width: int) -> nn.Module:
+    """Two 3x3 convolutions, the mean over positions, a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, num_classes),
+    )
+
+
+class FusionHead(nn.Module):
+    """Attention over several feature maps: DifFormer; over one map it is the attention head.
+
+    Each map becomes p * p tokens by a 1x1 convolution of its own, with a learned embedding for each position. A class
+    token and one transformer block attend to the maps of one timestep; what the class token gathered is joined over the
+    timesteps, which share these weights, and classified.
+
+    Args:
+        shapes: (D, p) of the maps of one timestep.
+        num_timesteps: how many timesteps' maps follow one another in the input.
+        num_classes: K.
+        width: of the tokens, divisible by 4.
+
+    Source: Mukhopadhyay et al., arXiv 2311.17921, and the attention head of arXiv 2307.08702.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], num_timesteps: int, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Conv2d(channels, width, kernel_size=1) for channels, _ in shapes)
+        self.positions = nn.Parameter(0.02 * torch.randn(sum(p * p for _, p in shapes), width))
+        self.class_token = nn.Parameter(0.02 * torch.randn(width))
+        self.attention = nn.TransformerEncoderLayer(
+            width, NUM_HEADS, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.num_timesteps = num_timesteps
+        self.out = nn.Linear(num_timesteps * width, num_classes)
+
+    def forward(self, *maps: torch.Tensor) -> torch.Tensor:
+        """Maps (N, D, p, p), all blocks of one timestep before those of the next -> logits (N, K)."""
+        gathered, count = [], len(self.projections)
+        for first in range(0, len(maps), count):
+            pairs = zip(self.projections, maps[first : first + count], strict=True)
+            tokens = torch.cat([project(m).flatten(2).transpose(1, 2) for project, m in pairs], dim=1)
+            class_token = self.class_token.expand(len(tokens), 1, -1)
+            tokens = self.attention(torch.cat([class_token, tokens + self.positions], dim=1))
+            gathered.append(tokens[:, 0])
+        return self.out(torch.cat(gathered, dim=1))
+
+
+def train_head(
+    head: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    settings: HeadsSettings,
+    seed: int,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    epochs: int | None = None,
+) -> None:
+    """Minimises the cross entropy over the parameters of `head` that require grad, on the head's device.
+
+    Args:
+        head: takes the `inputs`' batches, returns logits (N, K).
+        inputs: (N, ...) each, row i of all of them belonging together.
+        labels: (N,) int64.
+        settings: epochs, batch size, learning rates; the rate falls to 0 on a cosine.
+        seed: of the order.
+        optimizer: AdamW, or SGD with momentum 0.9.
+        epochs: instead of the settings'.
+    """
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    device, epochs = parameters[0].device, epochs or settings.epochs
+    if optimizer == "sgd":
+        method = torch.optim.SGD(parameters, settings.sgd_learning_rate, momentum=0.9)
+    else:
+        method = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    batches_an_epoch = -(-len(labels) // settings.train_batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(method, epochs * batches_an_epoch)
+    generator = torch.Generator().manual_seed(seed)
+    head.train()
+    for _ in tqdm(range(epochs), desc="train head", leave=False):
+        for rows in torch.randperm(len(labels), generator=generator).split(settings.train_batch_size):
+            loss = F.cross_entropy(head(*(x[rows].to(device) for x in inputs)), labels[rows].to(device))
+            method.zero_grad()
+            loss.backward()
+            method.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def predict(head: nn.Module, inputs: Sequence[torch.Tensor], batch_size: int) -> torch.Tensor:
+    """(N,) int64, the most probable class of each row."""
+    head.eval()
+    device = next(head.parameters()).device
+    batches = zip(*(x.split(batch_size) for x in inputs), strict=True)
+    return torch.cat([head(*(x.to(device) for x in batch)).argmax(dim=1).cpu() for batch in batches])

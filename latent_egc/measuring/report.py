@@ -1,0 +1,148 @@
+"""The report: report.json grows suite by suite, report.html and the printed table are drawn from it.
+
+FOLDER/report.json      what was measured, how, and every number; a suite appears in it when it is whole
+FOLDER/figures/*.png    the pictures
+FOLDER/report.html      all of it in one self-contained page
+"""
+
+import base64
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from latent_egc.config import ConfigError
+from latent_egc.measuring.results import Metric, SuiteResult
+
+
+class Report:
+    """A report's folder; an earlier evaluation's finished suites are read back from it.
+
+    Args:
+        folder: where to write; made where it does not exist.
+        subject: what is evaluated (pipeline, its fingerprint, ...): plain values. A folder holds one subject's report.
+        with_data_images: whether report.html shows the pictures that hold images of the dataset.
+
+    Raises:
+        ConfigError: the folder holds another pipeline's report, or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path, subject: dict[str, Any], with_data_images: bool = True) -> None:
+        self.folder, self.with_data_images = folder, with_data_images
+        self.content: dict[str, Any] = {"subject": _plain(subject), "suites": {}}
+        self._read()
+        held = self.content["subject"]
+        if held.get("fingerprint") != subject["fingerprint"]:
+            raise ConfigError(
+                f"{folder} holds a report of another pipeline ({held.get('pipeline')}, {held.get('fingerprint')}); "
+                f"this one is {subject['fingerprint']}; choose another folder with --output"
+            )
+
+    def _read(self) -> None:
+        """Takes over what report.json holds."""
+        path = self.folder / "report.json"
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+            self.content = {"subject": dict(content["subject"]), "suites": dict(content["suites"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not a report of this command: {error!r}; choose another folder") from error
+
+    def holds(self, suite: str, settings: dict[str, Any]) -> bool:
+        """Whether the suite was finished with these very settings."""
+        record = self.content["suites"].get(suite)
+        return record is not None and record["settings"] == _plain(settings)
+
+    def add(
+        self, suite: str, result: SuiteResult, settings: dict[str, Any], versions: dict[str, str], seconds: float
+    ) -> None:
+        """Writes one finished suite: its pictures, then report.json, then report.html."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "figures").mkdir(exist_ok=True)
+        figures = []
+        for figure in result.figures:
+            name = f"figures/{suite}_{figure.name}.png"
+            (self.folder / name).write_bytes(figure.png)
+            figures.append({"file": name, "caption": figure.caption, "shows_data": figure.shows_data})
+        self._read()  # another process may have added its suites meanwhile
+        self.content["suites"][suite] = {
+            "num_samples": result.num_samples,
+            "seconds": round(seconds, 1),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "metrics": {name: _metric_record(metric) for name, metric in result.metrics.items()},
+            "tables": [{"title": t.title, "columns": t.columns, "rows": _plain(t.rows)} for t in result.tables],
+            "figures": figures,
+            "notes": result.notes,
+            "settings": _plain(settings),
+            "versions": versions,
+        }
+        self._replace("report.json", json.dumps(self.content, indent=1))
+        self.write_html()
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file whole or not at all."""
+        unfinished = self.folder / f"{name}.tmp"
+        unfinished.write_text(text)
+        os.replace(unfinished, self.folder / name)
+
+    def write_html(self) -> None:
+        """Draws report.html from what report.json and the pictures say."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("latent_egc.measuring", "."),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        page = environment.get_template("report.html.j2").render(
+            subject=self.content["subject"],
+            suites=self.content["suites"],
+            is_shown=lambda figure: self.with_data_images or not figure.get("shows_data", True),
+            picture=lambda file: base64.b64encode((self.folder / file).read_bytes()).decode(),
+            cell=cell_text,
+            metric=read_metric,
+            is_number=lambda cell: isinstance(cell, (int, float, dict)),
+        )
+        self._replace("report.html", page)
+
+    def table(self) -> str:
+        """Every metric of every suite as lines of text."""
+        lines = [("suite", "metric", "value", "95 % interval")]
+        for suite, record in self.content["suites"].items():
+            for name, stored in record["metrics"].items():
+                metric = read_metric(stored)
+                lines.append((suite, name, str(metric), metric.interval_text))
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        aligned = ("<", "<", ">", "<")
+        return "\n".join(
+            "  ".join(f"{text:{a}{w}}" for text, a, w in zip(line, aligned, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def _metric_record(metric: Metric) -> dict[str, Any]:
+    interval = None if metric.interval is None else list(metric.interval)
+    return {"value": metric.value, "interval": interval, "percent": metric.percent}
+
+
+def read_metric(record: dict[str, Any]) -> Metric:
+    """The metric that report.json stores."""
+    interval = record["interval"]
+    return Metric(record["value"], None if interval is None else tuple(interval), record["percent"])
+
+
+def cell_text(cell: Any) -> str:
+    """A table's cell as shown."""
+    if cell is None:
+        return ""
+    if isinstance(cell, dict):
+        return str(read_metric(cell))
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back when it has stored `value`; a metric becomes its record."""
+    return json.loads(json.dumps(value, default=lambda v: _metric_record(v) if isinstance(v, Metric) else v.item()))

@@ -1,0 +1,264 @@
+"""Suite `generation`: how good, how varied, how faithful to their class, and how new are the samples?
+
+Samples are rounded to 8 bits as saved images are, and compared with the training split. The same numbers of validation
+images that only went through the autoencoder say what the autoencoder costs.
+"""
+
+import warnings
+from pathlib import Path
+
+import einops
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from latent_egc.config import ConfigError
+from latent_egc.data.sources import ImageTable
+from latent_egc.data.stream import noise_generator
+from latent_egc.measuring import plots
+from latent_egc.measuring.context import EvaluationContext
+from latent_egc.measuring.feature_extractors import (
+    Extractor,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_extractor,
+    load_torchscript,
+    precision_and_recall,
+)
+from latent_egc.measuring.results import Figure, Metric, SuiteResult
+
+SHOWN_CLASSES, SHOWN_PER_CLASS, SHOWN_NEIGHBOURS = 10, 8, 5
+
+
+def evaluate_generation(context: EvaluationContext) -> SuiteResult:
+    """FD, KID, precision and recall by every extractor; class agreement; a grid; nearest training neighbours.
+
+    Raises:
+        ConfigError: no extractor, weights that cannot be loaded, or a judge of other classes.
+    """
+    settings, device = context.settings.generation, context.accelerator.device
+    if not settings.features:
+        raise ConfigError(
+            "generation.features must name at least one extractor: a TorchScript file, images (N, 3, H, W) in [0, 1] "
+            "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
+        )
+    extractors = [load_extractor(source, device) for source in settings.features]
+    judge = None if settings.judge is None else _load_judge(context, settings.judge)
+    train = context.splits.train
+    reference = context.choose(np.arange(len(train)), settings.num_reference_images)
+
+    labels = _requested_labels(context)
+    samples = sample_images(context, labels)
+    decoded = _reconstructed(context, context.splits.validation, context.rows)
+    metrics: dict[str, Metric] = {}
+    notes = [_how_sampled(context, len(samples), len(reference))]
+    pictures = []
+    for number, extractor in enumerate(extractors):
+        real = _features_of_split(context, extractor, train, reference)
+        generated, floor = (_features(context, extractor, images) for images in (samples, decoded))
+        for what, found in (("samples", generated), ("validation images", floor)):
+            few = min(len(found), len(real))
+            if few <= found.shape[1]:
+                message = (
+                    f"FD-{extractor.name}: {few} {what} for {found.shape[1]} feature dimensions; the covariance is "
+                    f"singular and the distance too large, take more than {found.shape[1]}"
+                )
+                warnings.warn(message, stacklevel=2)
+                notes.append(message + ".")
+        metrics |= _distances(context, extractor.name, real, generated)
+        metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = Metric(
+            frechet_distance(real, floor)
+        )
+        if extractor.to_logits is not None:
+            score, deviation = inception_score(extractor.to_logits(torch.from_numpy(generated)), context.settings.seed)
+            metrics |= {"Inception score": Metric(score), "Inception score, deviation over parts": Metric(deviation)}
+        if number == 0:
+            pictures.append(_neighbours(context, extractor, samples, generated, real, reference))
+    if labels is not None:
+        metrics |= _agreement(context, extractors[0], judge, samples, labels, decoded, notes)
+    return SuiteResult(len(samples), metrics, figures=[_grid(context, samples, labels), *pictures], notes=notes)
+
+
+def _load_judge(context: EvaluationContext, path: str) -> Extractor:
+    """A TorchScript classifier, which must have the pipeline's number of classes."""
+    judge = Extractor(Path(path).stem, load_torchscript(path, "generation.judge", context.accelerator.device))
+    size = context.pipeline.image_size
+    num_logits = judge(torch.zeros(1, 3, size, size, device=context.accelerator.device)).shape[1]
+    if num_logits != context.num_classes:
+        raise ConfigError(
+            f"generation.judge: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}"
+        )
+    return judge
+
+
+# --- samples and their features -------------------------------------------------------------------------------------
+
+
+def _requested_labels(context: EvaluationContext) -> np.ndarray | None:
+    """The class of each sample, (N,): equally many of every class; None for an unlabelled model."""
+    if context.num_classes is None:
+        return None
+    return np.arange(context.settings.generation.num_samples) % context.num_classes
+
+
+def sample_images(context: EvaluationContext, labels: np.ndarray | None) -> torch.Tensor:
+    """(N, 3, H, W) uint8; sample i starts from noise that is a function of (seed, i)."""
+    settings, pipeline = context.settings.generation, context.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sampled(positions: range) -> torch.Tensor:
+        generators = [noise_generator(context.settings.seed, i) for i in positions]
+        wanted = None if labels is None else [int(labels[i]) for i in positions]
+        images = pipeline(
+            wanted,
+            num_images_per_label=len(positions) if labels is None else 1,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=generators,
+            output_type="pt",
+        ).images
+        return _to_uint8(images)
+
+    return context.over_in_parts(settings.num_samples, sampled, "sample")
+
+
+def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] as an 8-bit file holds them."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _reconstructed(context: EvaluationContext, table: ImageTable, rows: np.ndarray) -> torch.Tensor:
+    """(M, 3, H, W) uint8: images of a split through the autoencoder and back, as samples are decoded."""
+    pipeline = context.pipeline
+
+    @torch.no_grad()
+    def decoded(positions: range) -> torch.Tensor:
+        latents = pipeline.encode(context.pixel_values(table, rows[list(positions)]))
+        return _to_uint8(pipeline.decode(latents).float() / 2 + 0.5)
+
+    return context.over(len(rows), decoded, f"autoencoder, {table.name}")
+
+
+def _features(context: EvaluationContext, extractor: Extractor, images: torch.Tensor) -> np.ndarray:
+    """(N, D) of 8-bit images (N, 3, H, W)."""
+    device = context.accelerator.device
+    return context.over(
+        len(images), lambda positions: extractor(images[list(positions)].to(device) / 255), extractor.name
+    ).numpy()
+
+
+def _features_of_split(
+    context: EvaluationContext, extractor: Extractor, table: ImageTable, rows: np.ndarray
+) -> np.ndarray:
+    """(M, D) of a split's images, which are not held in memory."""
+    return context.over_in_parts(
+        len(rows),
+        lambda positions: extractor(context.pixel_values(table, rows[list(positions)]) / 2 + 0.5),
+        f"{extractor.name}, {table.name}",
+    ).numpy()
+
+
+# --- what is reported -----------------------------------------------------------------------------------------------
+
+
+def _how_sampled(context: EvaluationContext, num_samples: int, num_reference: int) -> str:
+    settings, pipeline = context.settings.generation, context.pipeline
+    scale = pipeline.config.default_guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    guidance = "unguided" if context.num_classes is None else f"guidance scale {scale:g}, equally many of every class"
+    return (
+        f"{num_samples} samples, {type(pipeline.scheduler).__name__} with {settings.num_inference_steps} steps, "
+        f"{guidance}; compared with {num_reference} training images. Numbers of different extractors, sample counts or "
+        "references do not compare, and FD-Inception-v3 alone is an FID."
+    )
+
+
+def _distances(context: EvaluationContext, name: str, real: np.ndarray, generated: np.ndarray) -> dict[str, Metric]:
+    settings = context.settings.generation
+    kid, deviation = kernel_distance(
+        real, generated, settings.kid_subsets, settings.kid_subset_size, context.settings.seed
+    )
+    precision, recall = precision_and_recall(real, generated)
+    return {
+        f"FD-{name}": Metric(frechet_distance(real, generated)),
+        f"KID-{name}": Metric(kid),
+        f"KID-{name}, deviation over subsets": Metric(deviation),
+        f"precision-{name}": Metric(precision, percent=True),
+        f"recall-{name}": Metric(recall, percent=True),
+    }
+
+
+def _agreement(
+    context: EvaluationContext,
+    extractor: Extractor,
+    judge: Extractor | None,
+    samples: torch.Tensor,
+    labels: np.ndarray,
+    decoded: torch.Tensor,
+    notes: list[str],
+) -> dict[str, Metric]:
+    """Share of samples to which an independent judge gives the requested class, and the judge's own accuracy.
+
+    Without a judge one is made: a logistic regression on the first extractor's features of training images, decoded
+    through the autoencoder as the samples are.
+    """
+    if judge is not None:
+        predicted, own = (_features(context, judge, images).argmax(axis=1) for images in (samples, decoded))
+        name = judge.name
+    else:
+        train = context.splits.train
+        rows = context.choose(np.flatnonzero(train.labels >= 0), context.settings.generation.num_judge_images)
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+        classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
+        predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))
+        name = f"logistic regression on {extractor.name}"
+        notes.append(f"The judge was trained on {len(rows)} training images that went through the autoencoder.")
+    right, own_right = (predicted == labels).astype(float), (own == context.labels).astype(float)
+    return {
+        f"class agreement by {name}": context.with_interval(np.mean, right, percent=True),
+        "the judge's accuracy on decoded validation images": context.with_interval(np.mean, own_right, percent=True),
+    }
+
+
+def _grid(context: EvaluationContext, samples: torch.Tensor, labels: np.ndarray | None) -> Figure:
+    """The first samples of the first classes, one row a class."""
+    if labels is None:
+        columns, names = min(SHOWN_PER_CLASS, len(samples)), None
+        count = min(SHOWN_PER_CLASS, len(samples) // columns) * columns
+        chosen = einops.rearrange(samples[:count], "(r k) c h w -> r k c h w", k=columns)
+    else:
+        ids = range(min(context.num_classes, SHOWN_CLASSES, len(samples)))
+        count = min([SHOWN_PER_CLASS, *(int((labels == i).sum()) for i in ids)])
+        chosen = torch.stack([samples[np.flatnonzero(labels == i)[:count]] for i in ids])
+        names = [context.class_names[i] for i in ids]
+    grid = plots.image_grid(einops.rearrange(chosen, "r k c h w -> r k h w c").numpy() / 255, names)
+    return Figure("samples", "Samples, not chosen by hand: the first ones drawn.", grid)
+
+
+def _neighbours(
+    context: EvaluationContext,
+    extractor: Extractor,
+    samples: torch.Tensor,
+    generated: np.ndarray,
+    real: np.ndarray,
+    reference: np.ndarray,
+) -> Figure:
+    """Some samples, each beside the training images that are nearest to it: is anything merely remembered?"""
+    count = min(SHOWN_NEIGHBOURS, len(real))
+    # The nearest of all are the suspects, so the samples with the smallest distances are shown.
+    distances, nearest = NearestNeighbors(n_neighbors=count).fit(real).kneighbors(generated)
+    suspects = distances[:, 0].argsort()[:SHOWN_PER_CLASS]
+    rows = []
+    for suspect in suspects:
+        originals = context.pixel_values(context.splits.train, reference[nearest[suspect]]).cpu() / 2 + 0.5
+        rows.append(torch.cat([samples[suspect][None] / 255, originals]))
+    grid = einops.rearrange(torch.stack(rows), "r k c h w -> r k h w c").numpy()
+    names = [f"{distances[suspect, 0]:.3g}" for suspect in suspects]
+    caption = (
+        f"Memorisation check: the samples closest to a training image (left, with the distance in {extractor.name} "
+        f"features) and their {count} nearest training images."
+    )
+    return Figure("neighbours", caption, plots.image_grid(grid, names, gap_after=1), shows_data=True)

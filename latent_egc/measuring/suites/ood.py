@@ -1,0 +1,117 @@
+"""Suite `ood`: do energies and probabilities tell images of another dataset from those of the pipeline's own?
+
+Out-of-distribution is the positive class, and a higher score means more of it.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+from tqdm.auto import tqdm
+
+from latent_egc.config import ConfigError, load_data_config
+from latent_egc.data.sources import load_splits
+from latent_egc.measuring import plots
+from latent_egc.measuring.context import EvaluationContext
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+
+
+def fpr_at_95(is_ood: np.ndarray, scores: np.ndarray) -> float:
+    """Share of out-of-distribution images accepted by the threshold that accepts 95 % of the others."""
+    threshold = np.quantile(scores[is_ood == 0], 0.95, method="inverted_cdf")
+    return float((scores[is_ood == 1] <= threshold).mean())
+
+
+STATISTICS = {"AUROC": roc_auc_score, "AUPR": average_precision_score, "FPR95": fpr_at_95}
+
+
+def evaluate_ood(context: EvaluationContext) -> SuiteResult:
+    """AUROC, AUPR and FPR95 of the energy, the maximum probability, and the energy at several noise levels.
+
+    Raises:
+        ConfigError: no second dataset, or one that cannot be loaded, or a timestep out of range.
+    """
+    settings, num_timesteps = context.settings.ood, context.model.config.num_train_timesteps
+    if settings.data is None:
+        raise ConfigError("ood.data must name a YAML file whose data section describes a second dataset")
+    if max(settings.timesteps, default=0) >= num_timesteps:
+        raise ConfigError(f"ood.timesteps must be below {num_timesteps}, got {list(settings.timesteps)}")
+    data = replace(load_data_config(settings.data), image_size=context.pipeline.image_size)
+    table = load_splits(data, None).validation  # its labels play no part
+    rows = context.choose(np.arange(len(table)), settings.num_images)
+    other = context.encode(table, rows, "encode, out of distribution")
+
+    own_scores, other_scores = (_scores(context, latents) for latents in (context.latents, other))
+    is_ood = np.concatenate([np.zeros(len(context.latents)), np.ones(len(other))])
+    found = {
+        name: {
+            title: context.with_interval(
+                statistic, is_ood, np.concatenate([own, other_scores[name]]), percent=True, strata=is_ood
+            )
+            for title, statistic in STATISTICS.items()
+        }
+        for name, own in tqdm(
+            own_scores.items(), desc="resample", leave=False, disable=not context.accelerator.is_main_process
+        )
+    }
+    return SuiteResult(
+        num_samples=len(is_ood),
+        metrics={f"{title}, {name}": metric for name, row in found.items() for title, metric in row.items()},
+        tables=[Table("Detection", ["score", *STATISTICS], [[name, *row.values()] for name, row in found.items()])],
+        figures=_figures(context, own_scores, other_scores, found),
+        notes=[
+            f"{len(context.latents)} images of the pipeline's validation split against {len(other)} of {settings.data} "
+            f"({data.dataset}), out-of-distribution being the positive class; by chance AUROC is 50 %, AUPR "
+            f"{100 * len(other) / len(is_ood):.1f} %, FPR95 95 %.",
+            f"Both are brought to {context.pipeline.image_size} px; where one is enlarged for that, its smoothness is "
+            "a cue too. The energy at a timestep is that of latents noised to it, with one draw of noise an image.",
+        ],
+    )
+
+
+def _scores(context: EvaluationContext, latents: torch.Tensor) -> dict[str, np.ndarray]:
+    """Name -> (M,), higher = less like the pipeline's own images."""
+    energy, logits = context.energies_and_logits(latents, 0)
+    scores = {"energy, clean latents": energy.numpy()}
+    if context.num_classes is not None:
+        # In float64: in float32 every confident image would have probability 1.
+        scores["maximum probability"] = 1 - logits.double().softmax(dim=1).amax(dim=1).numpy()
+    for timestep in context.settings.ood.timesteps:
+        noised, _ = context.energies_and_logits(latents, timestep, noised=True)
+        scores[f"energy at timestep {timestep}"] = noised.numpy()
+    return scores
+
+
+def _figures(
+    context: EvaluationContext,
+    own: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    found: dict[str, dict[str, Metric]],
+) -> list[Figure]:
+    figures = []
+    for i, name in enumerate(list(own)[:2]):
+        picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, f"score by {name}")
+        figures.append(
+            Figure(
+                f"scores_{i}",
+                f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1).",
+                picture,
+            )
+        )
+    timesteps = context.settings.ood.timesteps
+    if len(timesteps) > 1:
+        aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]
+        curve = "energy of noised latents"
+        picture = plots.lines(
+            timesteps,
+            {curve: [auroc.value for auroc in aurocs]},
+            "timestep",
+            "AUROC",
+            (0, 1.02),
+            {curve: tuple(zip(*(auroc.interval or (auroc.value,) * 2 for auroc in aurocs), strict=True))},
+            (0.5, "chance"),
+        )
+        caption = "AUROC of the energy against the noise level, with 95 % intervals."
+        figures.append(Figure("timesteps", caption, picture))
+    return figures

@@ -1,0 +1,56 @@
+"""The noise schedule, and noising by it: z_t = alpha_t z_0 + sigma_t eps, alpha_t = sqrt(abar_t)."""
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
+
+
+def noise_schedule(
+    num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """abar_t, the share of signal left at each timestep; the schedules and names are diffusers'.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end: first and last beta; "squaredcos_cap_v2" ignores them.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        dtype: float32 gives the very numbers of diffusers' schedulers.
+
+    Returns:
+        (T,) on the CPU, decreasing.
+
+    Raises:
+        ValueError: unknown `beta_schedule`, or betas not in 0 < beta_start <= beta_end < 1.
+    """
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+    # The device is named so that a model built on the meta device (to count its parameters) still has its schedule.
+    options = {"dtype": dtype, "device": "cpu"}
+    if beta_schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, **options)
+    elif beta_schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, **options) ** 2
+    elif beta_schedule == "squaredcos_cap_v2":
+        with torch.device("cpu"):
+            betas = betas_for_alpha_bar(num_train_timesteps).to(dtype)
+    else:
+        raise ValueError(
+            f"beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2', got {beta_schedule!r}"
+        )
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def add_noise(
+    latents: torch.Tensor, noise: torch.Tensor, noise_levels: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Noisy latents alpha z_0 + sigma eps.
+
+    Args:
+        latents: (N, C, h, w), clean and scaled.
+        noise: (N, C, h, w), standard normal.
+        noise_levels: alpha and sigma, (N,) each or scalars; see `EnergyModel.noise_levels`.
+
+    Returns:
+        (N, C, h, w).
+    """
+    alpha, sigma = (level[..., None, None, None] for level in noise_levels)
+    return alpha * latents + sigma * noise

@@ -1,0 +1,131 @@
+"""Pictures of a run: sample grids and training curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import einops
+import matplotlib
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from latent_egc.data.stream import noise_generator
+from latent_egc.pipelines import EGCPipeline
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def sample_rows(
+    pipeline: EGCPipeline,
+    class_ids: Sequence[int] | None,
+    images_per_row: int,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 40,
+) -> np.ndarray:
+    """Samples in [0, 1], one row a class; the same seed in every call gives the same starting noise.
+
+    Args:
+        pipeline: what samples; its progress bar is replaced by one over batches.
+        class_ids: one a row; None: unlabelled, `images_per_row` rows.
+        images_per_row: columns.
+        num_inference_steps, guidance_scale: as in the pipeline's call.
+        seed: the image in row r, column c starts from a generator seeded with (seed, r * images_per_row + c).
+        batch_size: images sampled at once.
+
+    Returns:
+        (rows, columns, H, W, 3) float32 in [0, 1].
+    """
+    num_rows = images_per_row if class_ids is None else len(class_ids)
+    total = num_rows * images_per_row
+    images = []
+    pipeline.set_progress_bar_config(disable=True)
+    for first in tqdm(range(0, total, batch_size), desc="sample", leave=False):
+        numbers = range(first, min(first + batch_size, total))
+        generators = [noise_generator(seed, number) for number in numbers]
+        if class_ids is None:
+            labels, per_label = None, len(numbers)
+        else:
+            labels, per_label = [class_ids[number // images_per_row] for number in numbers], 1
+        images.append(
+            pipeline(
+                labels,
+                num_images_per_label=per_label,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                output_type="np",
+            ).images
+        )
+    pipeline.set_progress_bar_config(disable=False)
+    return einops.rearrange(np.concatenate(images), "(r c) h w d -> r c h w d", r=num_rows)
+
+
+def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | None = None, title: str = "") -> None:
+    """Writes a PNG of `images` (rows, columns, H, W, 3) in [0, 1], each row named at its left.
+
+    Small images are enlarged by a whole factor, pixel by pixel, so that nothing is invented between pixels.
+    """
+    rows, height = images.shape[0], images.shape[2]
+    factor, gap = max(1, round(64 / height)), 2
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
+    sheet = einops.rearrange(images, "r c h w d -> (r h) (c w) d")
+    size = (sheet.shape[1] * factor, sheet.shape[0] * factor)
+    sheet = Image.fromarray((sheet * 255).round().clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+
+    dpi = 100
+    name_width = 0.072 * max(map(len, row_names)) + 0.15 if row_names else 0.05
+    title_height = 0.35 if title else 0.05
+    figure_size = (name_width + size[0] / dpi, title_height + size[1] / dpi)
+    figure = plt.figure(figsize=figure_size, dpi=dpi)
+    share = (size[0] / dpi / figure_size[0], size[1] / dpi / figure_size[1])
+    axes = figure.add_axes((name_width / figure_size[0], 0, *share))
+    axes.imshow(sheet, interpolation="none", aspect="auto")
+    axes.set_axis_off()
+    if title:
+        figure.text(name_width / figure_size[0], 1 - 0.12 / figure_size[1], title, va="top", fontsize=9, color="0.25")
+    for row, name in enumerate(row_names or []):
+        y = share[1] * (1 - (row + 0.5) / rows)
+        figure.text((name_width - 0.08) / figure_size[0], y, name, ha="right", va="center", fontsize=9)
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def save_curves(metrics: list[dict[str, float]], path: str | Path) -> None:
+    """Writes a PNG of the losses over the steps: training as a line, validation as points, accuracy in a panel."""
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        rows = [row for row in metrics if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    panels = [("denoising_loss", "validation_denoising_loss", "denoising loss")]
+    if any(row.get("classification_loss") for row in metrics):
+        panels.append(("classification_loss", None, "classification loss"))
+    if any("validation_accuracy" in row for row in metrics):
+        panels.append((None, "validation_accuracy", "validation accuracy"))
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False
+    )
+    for axes, (train_key, validation_key, name) in zip(all_axes[0], panels, strict=True):
+        if train_key is not None:
+            steps, values = series(train_key)
+            axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+            window = max(1, len(values) // 25)
+            if values:
+                padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
+                smooth = np.convolve(padded, np.ones(window) / window, mode="valid")
+                axes.plot(steps, smooth, color="tab:blue", label="training")
+            axes.set_yscale("log")
+        if validation_key is not None:
+            axes.plot(*series(validation_key), color="tab:orange", marker="o", markersize=4, label="validation (EMA)")
+        if name == "validation accuracy":
+            axes.set_ylim(0, 1.02)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25, which="both", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,83 @@
+"""Images to pixel values, and the autoencoder's own scaling of its latents."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils import load_image
+
+
+def preprocess_images(images: PipelineImageInput, size: int) -> torch.Tensor:
+    """Images of any size -> a batch, the shorter side resized to `size` and the centre cropped.
+
+    Args:
+        images: a PIL image (any mode; its EXIF orientation is applied), a numpy array (H, W, 3) or (N, H, W, 3), a
+            tensor (3, H, W) or (N, 3, H, W), or a list of one of these. Arrays and tensors are in [0, 1], or uint8.
+        size: height and width of the result, in pixels.
+
+    Returns:
+        (N, 3, size, size) in [-1, 1], on the CPU for PIL and numpy, differentiable for tensors.
+
+    Raises:
+        ValueError: no image, wrong type, wrong channel count, or values that are not finite or outside [0, 1].
+    """
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        raise ValueError("images must hold at least one image, got none")
+    return torch.cat([_preprocess_one(image, size) for image in images])
+
+
+def load_rgb(image: Any) -> Any:
+    """A PIL image of any mode as an upright RGB image: EXIF orientation applied, 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip to white
+        image = image.point(lambda value: value / 256).convert("L")
+    return load_image(image)
+
+
+def _preprocess_one(image: Any, size: int) -> torch.Tensor:
+    if hasattr(image, "convert"):  # a PIL image
+        processor = VaeImageProcessor(resample="lanczos")
+        image = processor.resize(load_rgb(image), size, size, resize_mode="crop")
+        return processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(image)))
+    if not torch.is_tensor(image):
+        if not hasattr(image, "__array__"):
+            raise ValueError(f"images must be PIL images, numpy arrays or tensors, got {type(image).__name__}")
+        array = torch.as_tensor(image)
+        image = array.movedim(-1, -3) if array.ndim in (3, 4) else array
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise ValueError(
+            "images must have 3 channels: arrays (N, H, W, 3), tensors (N, 3, H, W); as channels first this is "
+            f"{tuple(image.shape)}"
+        )
+    if batch.dtype == torch.uint8:
+        batch = batch / 255
+    if not batch.is_floating_point():
+        raise ValueError(f"images must be uint8 or floats in [0, 1], got {batch.dtype}")
+    if not (batch.isfinite().all() and batch.min() >= 0 and batch.max() <= 1):
+        raise ValueError(f"images must be in [0, 1], got {batch.min().item():g} to {batch.max().item():g}")
+    height, width = batch.shape[-2:]
+    if (height, width) != (size, size):
+        scale = size / min(height, width)
+        resized = (max(size, round(height * scale)), max(size, round(width * scale)))
+        batch = F.interpolate(batch, resized, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+        batch = batch[..., top : top + size, left : left + size]
+    return 2 * batch - 1
+
+
+def scale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """The autoencoder's latents -> about unit variance, by its own scaling and shift factor."""
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+def unscale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `scale_latents`."""
+    return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+
+def vae_scale_factor(vae: ModelMixin | None) -> int:
+    """Pixels per latent, in height and width; 1 in pixel space."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)

@@ -1,0 +1,258 @@
+"""The command line, run in this process on a tiny pipeline."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import tiny_kl, tiny_pipeline
+
+from latent_egc.commands import main, train_main
+from latent_egc.config import parse_config
+
+MODEL = {
+    "sample_size": 4,
+    "in_channels": 2,
+    "num_classes": 2,
+    "block_out_channels": [8, 16],
+    "attention_levels": [1],
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path, monkeypatch):
+    """`datasets` prepares its tables below the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def pipeline(tmp_path) -> str:
+    """A saved pipeline with the classes cat, dog and cow; 8x8 images."""
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    return str(tmp_path / "pipeline")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with two images, one of them in a folder below, and a text file."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, shape in (("a.png", (8, 8, 3)), ("more/b.JPG", (20, 10, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file of a tiny run on two classes of noise."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    tiny_kl().save_pretrained(tmp_path / "vae")
+    values = {
+        "model": MODEL,
+        "autoencoder": {"path": str(tmp_path / "vae")},
+        "data": {"dataset": "imagefolder", "data_dir": str(tmp_path / "data"), "image_size": 8},
+        "output_dir": str(tmp_path / "run"),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def fails(capsys, arguments: list, *parts: str) -> None:
+    """Asserts exit status 2, nothing on stdout, and one line on stderr, `error: ...`, that holds all `parts`."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert captured.err.rstrip().endswith(line)
+    assert "Traceback" not in captured.err
+    for part in parts:
+        assert str(part) in line
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb", ["encode", "train", "sample", "classify", "evaluate", "info", "export", "convert", "benchmark"]
+)
+def test_help_of_every_verb_holds_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"example: latent-egc {verb} " in capsys.readouterr().out
+
+
+def test_help_lists_the_verbs(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("encode", "train", "sample", "classify", "info", "export", "convert"))
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+
+
+# --- sample ---------------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_a_grid_and_single_images(pipeline, tmp_path, capsys):
+    output = tmp_path / "samples"
+    arguments = ["sample", pipeline, "--images-per-class", "2", "--steps", "2", "--output", str(output)]
+    assert main([*arguments, "--classes", "dog", "2"]) == 0
+    files = sorted(path.name for path in output.iterdir())
+    assert files == ["grid.png", "row00_dog_000.png", "row00_dog_001.png", "row01_cow_000.png", "row01_cow_001.png"]
+    assert Image.open(output / "row00_dog_000.png").size == (8, 8)
+    assert "4 images and grid.png written to" in capsys.readouterr().out
+
+
+def test_sample_takes_all_classes_by_default_and_the_same_seed_gives_the_same_images(pipeline, tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        output = str(tmp_path / name)
+        assert (
+            main(["sample", pipeline, "--images-per-class=1", "--steps=2", f"--seed={seed}", "--output", output]) == 0
+        )
+    assert len(list((tmp_path / "a").glob("row*.png"))) == 3
+    first, same, other = (np.asarray(Image.open(tmp_path / name / "row00_cat_000.png")) for name in "abc")
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_a_class_asked_for_twice_is_written_twice(pipeline, tmp_path):
+    arguments = ["sample", pipeline, "--classes", "cat", "cat", "--images-per-class=1", "--steps=2"]
+    assert main([*arguments, "--output", str(tmp_path / "samples")]) == 0
+    assert len(list((tmp_path / "samples").glob("row*.png"))) == 2
+
+
+def test_sample_unlabelled(pipeline, tmp_path):
+    tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
+    for source, flags in ((pipeline, ["--unlabelled"]), (tmp_path / "unlabelled", [])):
+        output = tmp_path / f"of-{len(flags)}"
+        arguments = ["sample", str(source), "--images-per-class=2", "--steps=2", "--output", str(output), *flags]
+        assert main(arguments) == 0
+        assert len(list(output.glob("row*.png"))) == 4
+
+
+def test_sample_errors(pipeline, tmp_path, capsys):
+    fails(capsys, ["sample", pipeline, "--classes", "cta"], "unknown class name 'cta'", "did you mean 'cat'")
+    fails(capsys, ["sample", pipeline, "--classes", "3"], "[0, 3)", "3")
+    fails(capsys, ["sample", pipeline, "--steps", "5000"], "num_inference_steps", "5000")
+    fails(capsys, ["sample", pipeline, "--guidance-scale=0"], "guidance_scale=0")
+    fails(capsys, ["sample", tmp_path / "nothing"], "no such run or pipeline", tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["sample", tmp_path / "empty"], "holds no pipeline (model_index.json)")
+    tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
+    fails(capsys, ["sample", tmp_path / "unlabelled", "--classes", "cat"], "trained without classes")
+    for flags in (["--images-per-class", "0"], ["--classes", "cat", "--unlabelled"]):
+        with pytest.raises(SystemExit) as end:
+            main(["sample", pipeline, *flags])
+        assert end.value.code == 2
+
+
+# --- classify -------------------------------------------------------------------------------------------------------
+
+
+def test_classify_prints_a_table(pipeline, images, capsys):
+    assert main(["classify", pipeline, str(images), str(images / "a.png"), "--top-k", "2"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["file", "energy", "classes"]
+    assert [row.split()[0] for row in rows] == [str(images / name) for name in ("a.png", "more/b.JPG", "a.png")]
+    for row in rows:
+        _, energy, first, first_share, second, second_share = row.split()
+        assert np.isfinite(float(energy))
+        assert {first, second} < {"cat", "dog", "cow"}
+        assert 1 >= float(first_share) >= float(second_share) >= 0
+
+
+def test_classify_prints_nothing_but_json(pipeline, images, capsys):
+    """The same numbers as the pipeline's own, whatever the batches."""
+    assert main(["classify", pipeline, str(images), "--json", "--top-k", "3", "--batch-size", "1"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    files = [images / "a.png", images / "more" / "b.JPG"]
+    output = tiny_pipeline().classify([Image.open(file) for file in files], top_k=3)
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    assert [row["labels"] for row in rows] == output.labels
+    expected = output.probabilities.sort(descending=True).values.numpy()
+    np.testing.assert_allclose([row["probabilities"] for row in rows], expected, rtol=1e-4)
+    np.testing.assert_allclose([row["energy"] for row in rows], output.energy.numpy(), rtol=1e-4)
+
+
+def test_classify_errors(pipeline, images, tmp_path, capsys):
+    fails(capsys, ["classify", pipeline, images / "c.png"], "no such file or folder", images / "c.png")
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["classify", pipeline, tmp_path / "empty"], "no image in the folder", tmp_path / "empty")
+    fails(capsys, ["classify", pipeline, images / "notes.txt"], "corrupt image", images / "notes.txt")
+    (images / "a.png").write_bytes((images / "a.png").read_bytes()[:60])
+    fails(capsys, ["classify", pipeline, images, "--json"], "corrupt image", images / "a.png")
+    fails(capsys, ["classify", pipeline, images / "more", "--top-k", "4"], "top_k must be in [1, 3], got 4")
+    tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
+    fails(capsys, ["classify", tmp_path / "unlabelled", images / "more"], "without classes")
+
+
+# --- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info(pipeline, tmp_path, capsys):
+    assert main(["info", pipeline]) == 0
+    out = capsys.readouterr().out
+    for part in ("EGCUNet", "map, Gaussian part", "AutoencoderKL", "8 x 8 px", "2 x 4 x 4", "3: cat, dog, cow", "2 by"):
+        assert part in out
+    tiny_pipeline(vae=False, num_classes=None, head="inner").save_pretrained(tmp_path / "pixels")
+    assert main(["info", str(tmp_path / "pixels")]) == 0
+    out = capsys.readouterr().out
+    for part in ("inner", "none, pixel space", "classes       none"):
+        assert part in out
+
+
+# --- encode and train -----------------------------------------------------------------------------------------------
+
+
+def test_encode_writes_the_cache_that_the_config_names(config, tmp_path, capsys):
+    cache = f"data.latent_cache={tmp_path / 'cache'}"
+    assert main(["encode", str(config), cache, "data.num_views=1", "--batch-size", "3", "--device", "cpu"]) == 0
+    assert f"latent cache written: {tmp_path / 'cache'}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["complete"]
+
+
+def test_encode_errors(config, tmp_path, capsys):
+    fails(capsys, ["encode", config], "data.latent_cache must name the folder")
+    fails(capsys, ["encode", tmp_path / "none.yaml"], "config file not found", "none.yaml")
+    fails(capsys, ["encode", config, "data.num_view=2"], "unknown key data.num_view; did you mean num_views?")
+    fails(capsys, ["encode", config, f"data.latent_cache={config}"], str(config))
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"no image")
+    fails(capsys, ["encode", config, f"data.latent_cache={tmp_path / 'cache'}"], "corrupt image", "cat/1.png")
+
+
+@pytest.mark.parametrize("call", [train_main, lambda arguments: main(["train", *arguments])])
+def test_dry_run_prints_the_resolved_config_and_the_size_and_writes_nothing(call, config, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert call([str(config), "training.max_steps=7", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    values = yaml.safe_load(out)
+    assert values["training"]["max_steps"] == 7
+    model = parse_config(values).model.build()
+    assert f"# EGCUNet: {sum(p.numel() for p in model.parameters()):,} parameters" in out
+    assert "GiB activations at train_batch_size 64" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_train_takes_flags_before_overrides(config, capsys):
+    assert train_main([str(config), "--dry-run", "training.max_steps=7"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["training"]["max_steps"] == 7
+
+
+def test_train_errors(config, capsys):
+    fails(capsys, ["train", config, "model.sample_size=8"], "model.sample_size must be 4", "got 8")
+    fails(capsys, ["train", config, "model.in_channels=4"], "model.in_channels must be 2", "got 4")
+    fails(capsys, ["train", config, "model.norm_num_groups=3"], "model: norm_num_groups=3 must divide")

@@ -1,0 +1,164 @@
+"""The exported folder: it loads with latent-egc and without it, and gives the same numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from fake_hub import serve
+from test_pipeline import sample
+from tiny import tiny_pipeline
+
+from latent_egc import EGCPipeline, EGCUNet
+from latent_egc.config import ConfigError
+from latent_egc.exchange import export as hub
+from latent_egc.training.figures import save_grid
+
+TESTS = Path(__file__).resolve().parent
+
+# Runs where importing latent_egc fails, as on a machine that has only diffusers.
+STRANGER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "latent_egc":
+            raise ModuleNotFoundError("No module named 'latent_egc'")
+sys.meta_path.insert(0, Refuse())
+import torch
+from diffusers import DiffusionPipeline
+source, out, tests = sys.argv[1:]
+if source == "someone/digits":
+    sys.path.insert(0, tests)
+    from fake_hub import serve
+    serve(out + "/exported", out + "/downloaded")
+pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+assert "latent_egc" not in sys.modules
+assert type(pipeline).__module__.startswith("diffusers_modules"), type(pipeline).__module__
+assert type(pipeline.energy_model).__module__.startswith("diffusers_modules")
+output = pipeline.classify(torch.load(out + "/pixels.pt"))
+images = pipeline(["cat", "cow"], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+torch.save({"images": images.images, "logits": output.logits, "energy": output.energy}, out + "/values.pt")
+"""
+
+
+def make_run(folder, **overrides):
+    """A run's folder as training leaves it, with a tiny random pipeline."""
+    folder.mkdir()
+    pipeline = tiny_pipeline(**overrides)
+    pipeline.save_pretrained(folder / "pipeline")
+    (folder / "config.yaml").write_text("model:\n  backbone: unet\nsampling:\n  num_inference_steps: 7\n")
+    rows = [{"step": 5, "loss": 1.0}, {"step": 5, "validation_denoising_loss": 0.25, "validation_accuracy": 0.875}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples").mkdir()
+    save_grid(torch.rand(1, 2, 8, 8, 3).numpy(), folder / "samples" / "step-00000005.png")
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("source", "variant"),
+    [("folder", {}), ("hub", {"vae": False, "in_channels": 3, "head": "inner", "class_embedding": True})],
+    ids=["folder", "hub"],
+)
+def test_export_loads_with_and_without_the_package(tmp_path, source, variant, monkeypatch):
+    pipeline = make_run(tmp_path / "run", **variant)
+    folder = hub.export(tmp_path / "run", tmp_path / "exported")
+    pixels = torch.rand(2, 3, 8, 8)
+    torch.save(pixels, tmp_path / "pixels.pt")
+    output = pipeline.classify(pixels)
+    expected = {"images": sample(pipeline, ["cat", "cow"]), "logits": output.logits, "energy": output.energy}
+
+    # With the package: no flag, and its own classes.
+    loaded = EGCPipeline.from_pretrained(folder)
+    assert type(loaded) is EGCPipeline
+    assert type(loaded.energy_model) is EGCUNet
+    output = loaded.classify(pixels)
+    own = {"images": sample(loaded, ["cat", "cow"]), "logits": output.logits, "energy": output.energy}
+
+    # Without it: diffusers alone, running the code beside the weights.
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    name = str(folder) if source == "folder" else "someone/digits"
+    subprocess.run([sys.executable, "-c", STRANGER, name, str(tmp_path), str(TESTS)], check=True, cwd=tmp_path)
+    strange = torch.load(tmp_path / "values.pt")
+    for name, value in expected.items():
+        assert torch.equal(own[name], value), name
+        assert torch.equal(strange[name], value), name
+
+
+def test_loading_from_the_hub_needs_no_flag_where_the_package_is(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    serve(hub.export(tmp_path / "run", tmp_path / "exported"), tmp_path / "downloaded", monkeypatch.setattr)
+    assert type(EGCPipeline.from_pretrained("someone/digits").energy_model) is EGCUNet
+
+
+def test_remote_code_needs_the_flag(tmp_path):
+    make_run(tmp_path / "run")
+    folder = hub.export(tmp_path / "run", tmp_path / "exported")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_contents_and_model_card(tmp_path):
+    make_run(tmp_path / "run")
+    folder = hub.export(tmp_path / "run", tmp_path / "exported")
+    names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert names == {
+        "README.md",
+        "model_index.json",
+        "pipeline_egc.py",
+        "samples.png",
+        "energy_model/config.json",
+        "energy_model/diffusion_pytorch_model.safetensors",
+        "energy_model/unet.py",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    card = (folder / "README.md").read_text()
+    for part in ("library_name: diffusers", "validation_accuracy | 0.875", "num_inference_steps=7", "backbone: unet"):
+        assert part in card
+    assert str(tmp_path) not in card
+
+
+def test_unfinished_run_exports_its_best_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    for step, score in ((5, 0.9), (10, 0.8)):
+        checkpoint = run / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        tiny_pipeline(head="map" if step == 5 else "inner").save_pretrained(checkpoint / "pipeline")
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"global_step": step, "score": score}))
+    (run / "pipeline").rename(tmp_path / "elsewhere")
+    folder = hub.export(run, tmp_path / "exported")
+    assert EGCPipeline.from_pretrained(folder).energy_model.config.head == "map"
+
+
+def test_errors_lose_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no pipeline"):
+        hub.export(tmp_path, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    make_run(tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="already holds"):
+        hub.export(tmp_path / "run", tmp_path / "full")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
+
+
+def test_push_uploads_the_folder(tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            calls.append(("create", repo, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, folder_path))
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    make_run(tmp_path / "run")
+    hub.export(tmp_path / "run", tmp_path / "exported", push_to_hub="someone/digits")
+    assert calls == [("create", "someone/digits", True), ("upload", "someone/digits", tmp_path / "exported")]
+    assert 'from_pretrained("someone/digits"' in (tmp_path / "exported" / "README.md").read_text()

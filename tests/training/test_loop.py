@@ -1,0 +1,502 @@
+"""The training loop: resumable to the bit, the same on any number of processes, and losing nothing when it fails."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import ROOT
+
+from latent_egc import EGCPipeline
+from latent_egc.atomic import CheckpointError, replace_folder
+from latent_egc.config import ConfigError, TrainingConfig, parse_config
+from latent_egc.data.sources import load_splits
+from latent_egc.training.checkpoints import (
+    best_checkpoint,
+    checkpoint_folders,
+    pipeline_folder,
+    read_metrics,
+    read_record,
+)
+from latent_egc.training.loop import NonFiniteLossError, Run, learning_rate_at, train
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process; every run here is its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_values(folder, **training):
+    """A run of a tiny network on the digits, through the packaged autoencoder."""
+    return {
+        "model": {
+            "sample_size": 8,
+            "in_channels": 4,
+            "num_classes": 10,
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "attention_levels": [1],
+            "num_attention_heads": 2,
+            "norm_num_groups": 4,
+        },
+        "objective": {"classification_weight": 0.1, "label_smoothing": 0.1},
+        "training": {
+            "max_steps": 4,
+            "train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "lr_schedule": "cosine",
+            "warmup_steps": 2,
+            "log_every": 1,
+            "evaluate_every": 4,
+            "sample_every": 1000,
+            "checkpoint_every": 4,
+            "num_evaluation_samples": 8,
+            "trackers": [],
+        }
+        | training,
+        "sampling": {"num_inference_steps": 2, "images_per_class": 1},
+        "output_dir": str(folder),
+    }
+
+
+def run_config(folder, **training):
+    return parse_config(run_values(folder, **training))
+
+
+def losses(folder):
+    """step -> its losses and gradient norm, as logged."""
+    keys = ("loss", "denoising_loss", "classification_loss", "grad_norm")
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return {row["step"]: tuple(row[key] for key in keys) for row in rows}
+
+
+def evaluations(folder):
+    """The validation rows, as logged."""
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "validation_denoising_loss" in row]
+
+
+def start(config_values, *overrides, launcher=(), environment=None):
+    """train.py in a process of its own, one thread each so that sums are in the same order everywhere."""
+    folder = config_values["output_dir"]
+    config_file = f"{folder}.yaml"
+    with open(config_file, "w") as file:
+        yaml.safe_dump(config_values, file)
+    command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), config_file, *overrides]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (environment or {})
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for_step(process, folder, step):
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and any(s >= step for s in losses(folder)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_smoke_run_reaches_its_golden_losses(tmp_path):
+    folder = train(run_config(tmp_path / "run", trackers=["tensorboard"], sample_every=4))
+    found = losses(folder)
+    golden = {
+        1: (0.271727, 1.687395),
+        4: (0.293521, 1.700474),
+    }
+    for step, (denoising, classification) in golden.items():
+        assert found[step][1:3] == pytest.approx((denoising, classification), rel=1e-3), found
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "samples/step-00000004.png"} <= names
+    assert "pipeline/model_index.json" in names
+    assert any("tfevents" in name for name in names)
+    assert not [name for name in names if ".tmp" in name or ".old" in name]
+    assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())).training.max_steps == 4
+
+
+def test_kill_minus_nine_and_resume_is_the_uninterrupted_run(tmp_path):
+    steps = {"max_steps": 40, "checkpoint_every": 5, "evaluate_every": 20}
+    whole, broken = (run_values(tmp_path / name, **steps) for name in ("whole", "broken"))
+    uninterrupted = start(whole)
+    process = start(broken)
+    wait_for_step(process, tmp_path / "broken", 12)
+    process.kill()
+    process.wait()
+    reached = max(losses(tmp_path / "broken"))
+    assert reached < 40, "the run was over before it could be killed"
+    output = finish(start(broken, "training.resume=auto"))
+    assert "resumed at step" in output
+    finish(uninterrupted)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert set(losses(tmp_path / "whole")) == set(range(1, 41))
+    weights = "pipeline/energy_model/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "broken" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit(tmp_path, number):
+    values = run_values(tmp_path / "run", max_steps=2000, checkpoint_every=1000, evaluate_every=1000)
+    process = start(values)
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(number)
+    output = finish(process)
+    (checkpoint,) = checkpoint_folders(tmp_path / "run")
+    step = read_record(checkpoint).global_step
+    assert f"stopped at step {step}, checkpoint saved" in output
+    assert step == max(losses(tmp_path / "run"))
+    assert pipeline_folder(tmp_path / "run") == checkpoint / "pipeline"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = Run(run_config(tmp_path / "run", **values["training"] | {"resume": "auto"}), accelerator())
+    assert run.global_step == step
+
+
+def accelerator():
+    from accelerate import Accelerator
+
+    return Accelerator()
+
+
+def half_labelled_parquet(folder, count=24):
+    """Digits of which every third has no label."""
+    table = load_splits(parse_config(run_values(folder)).data, 10).train
+    rows = table.rows.select(range(count))
+    labels = [None if i % 3 == 0 else int(table.labels[i]) for i in range(count)]
+    rows.add_column("label", labels).to_parquet(str(folder / "half.parquet"))
+    return {"dataset": "parquet", "data_files": str(folder / "half.parquet"), "image_column": "image", "image_size": 32}
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The losses of train.py on two processes are those of one with the same global batch, step for step."""
+    data = half_labelled_parquet(tmp_path)
+    one = run_values(tmp_path / "one", train_batch_size=8) | {"data": data}
+    two = run_values(tmp_path / "two", train_batch_size=4) | {"data": data}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    processes = [start(one), start(two, launcher=torchrun)]
+    outputs = [finish(process) for process in processes]
+    assert "1 process(es)" in outputs[0]
+    assert "2 process(es)" in outputs[1]
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert set(expected) == set(found) == {1, 2, 3, 4}
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4), step
+    for row, other in zip(evaluations(tmp_path / "one"), evaluations(tmp_path / "two"), strict=True):
+        assert row == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mode"), [("unet", "plain"), ("transformer", "aot_eager"), ("transformer", "checkpointed")]
+)
+def test_two_processes_give_the_gradients_of_one(tmp_path, backbone, mode):
+    """In several buckets, every parameter with a gradient, both losses active, some labels -1; one process is plain."""
+    script = str(ROOT / "tests" / "ddp_gradients.py")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, processes, step in ((torchrun, 2, mode), ([sys.executable], 1, "plain")):
+        command = [*launcher, script, str(tmp_path / f"{processes}.pt"), str(processes), backbone, step]
+        subprocess.run(command, env=environment, check=True)
+    two, one = (torch.load(tmp_path / f"{processes}.pt") for processes in (2, 1))
+    assert one.abs().max() > 0
+    assert (two - one).norm() <= 1e-5 * one.norm()
+
+
+def first_gradient(checkpoint):
+    """AdamW's first moment after one step is (1 - beta_1) times the gradient."""
+    state = torch.load(checkpoint / "state" / "optimizer.bin", weights_only=True)["state"]
+    return torch.cat([entry["exp_avg"].flatten() for entry in state.values()]) / 0.1
+
+
+def test_gradient_accumulation_is_one_large_batch(tmp_path):
+    settings = {"max_steps": 1, "warmup_steps": 0, "max_grad_norm": None}
+    train(run_config(tmp_path / "large", train_batch_size=8, **settings))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(tmp_path / "small", train_batch_size=2, gradient_accumulation_steps=4, **settings))
+    large, small = (first_gradient(checkpoint_folders(tmp_path / name)[0]) for name in ("large", "small"))
+    assert (large - small).norm() <= 1e-5 * large.norm()
+    assert losses(tmp_path / "large")[1] == pytest.approx(losses(tmp_path / "small")[1], rel=1e-5)
+
+
+def test_final_pipeline_has_the_averaged_weights_and_the_validation_accuracy(tmp_path):
+    config = run_config(tmp_path / "run", learning_rate=1e-2, num_evaluation_samples=40, ema_decay=0.5)
+    folder = train(config)
+    pipeline = EGCPipeline.from_pretrained(folder / "pipeline")
+    state = torch.load(folder / "checkpoints/step-00000004/state/custom_checkpoint_0.pkl", weights_only=True)
+    for parameter, average in zip(pipeline.energy_model.parameters(), state["shadow_params"], strict=True):
+        assert torch.equal(parameter, average)
+    table = load_splits(config.data, 10).validation
+    output = pipeline.classify([table.image(i) for i in range(40)])
+    accuracy = float((output.logits.argmax(dim=1) == torch.from_numpy(table.labels[:40])).float().mean())
+    assert evaluations(folder)[-1]["validation_accuracy"] == pytest.approx(accuracy)
+    assert read_record(folder / "checkpoints/step-00000004").score == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"autoencoder": {"path": None}, "model": {"in_channels": 3, "sample_size": 32}},
+        {"model": {"num_classes": None, "energy_channels": 4}},
+        {"model": {"head": "inner", "class_embedding": True, "gaussian_part": False}},
+        {"training": {"mixed_precision": "bf16", "ema_decay": 0.0}},
+    ],
+    ids=["pixels", "unlabelled", "inner", "bf16"],
+)
+def test_other_kinds_of_runs(tmp_path, change):
+    values = run_values(tmp_path / "run", max_steps=2, sample_every=2)
+    for section, changed in change.items():
+        values[section] = values.get(section, {}) | changed
+    folder = train(parse_config(values))
+    assert all(np.isfinite(row).all() for row in losses(folder).values())
+    assert EGCPipeline.from_pretrained(folder / "pipeline").energy_model.config.beta_schedule == "linear"
+
+
+def test_a_run_says_where_its_data_come_from(tmp_path, capsys):
+    train(run_config(tmp_path / "run", max_steps=1))
+    assert "training reads pixels of digits (1437 + 360 images), encoded by AutoencoderKL" in capsys.readouterr().out
+
+
+def test_learning_rate():
+    constant = TrainingConfig(learning_rate=2.0, warmup_steps=4, max_steps=12)
+    assert [learning_rate_at(step, constant) for step in (0, 1, 3, 4, 11)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = dataclasses.replace(constant, lr_schedule="cosine")
+    assert [learning_rate_at(step, cosine) for step in (3, 4, 8)] == pytest.approx([2.0, 2.0, 1.0])
+    assert 0 < learning_rate_at(11, cosine) < 0.1
+
+
+# --- failures lose nothing --------------------------------------------------------------------------------
+
+
+def test_not_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
+    config = run_config(tmp_path / "run", learning_rate=1e30, warmup_steps=0, checkpoint_every=1, evaluate_every=1)
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step \d.*step-0000000"):
+        train(config)
+    weights = checkpoint_folders(tmp_path / "run")[0] / "pipeline/energy_model/diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size > 1000
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    save_state, calls = Accelerator.save_state, []
+
+    def full_on_the_second_call(self, folder, **options):
+        save_state(self, folder, **options)
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full_on_the_second_call)
+    with pytest.raises(CheckpointError, match=r"step-00000002 could not be written.*No space left on device"):
+        train(run_config(tmp_path / "run", checkpoint_every=1, evaluate_every=1))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.undo()
+    train(run_config(tmp_path / "run", checkpoint_every=1, evaluate_every=1, resume="auto"))
+    assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}
+
+
+def test_replacing_a_folder_keeps_the_old_one_on_failure(tmp_path):
+    replace_folder(tmp_path / "a", lambda folder: (folder / "x").write_text("old"))
+
+    def fail(folder):
+        (folder / "x").write_text("new")
+        raise OSError("disk full")
+
+    with pytest.raises(CheckpointError, match="disk full"):
+        replace_folder(tmp_path / "a", fail)
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    replace_folder(tmp_path / "a", lambda folder: (folder / "x").write_text("new"))
+    assert (tmp_path / "a" / "x").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_run_is_not_overwritten_without_being_told(tmp_path):
+    folder = train(run_config(tmp_path / "run", max_steps=1))
+    before = (folder / "metrics.jsonl").read_text()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match="already holds files"):
+        train(run_config(folder))
+    assert (folder / "metrics.jsonl").read_text() == before
+    with pytest.raises(ConfigError, match="contradict"):
+        train(run_config(folder, overwrite=True, resume="auto"))
+    train(run_config(folder, max_steps=2, overwrite=True))
+    assert set(losses(folder)) == {1, 2}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match="does not look like a run"):
+        train(run_config(tmp_path / "mine", overwrite=True))
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
+    folder = train(run_config(tmp_path / "run", max_steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    values = run_values(folder, max_steps=2, resume="auto")
+    values["model"]["block_out_channels"] = [8, 24]
+    with pytest.raises(ConfigError, match=r"model\.block_out_channels was \[8, 16\]"):
+        train(parse_config(values))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.warns(UserWarning, match=r"training\.seed=5, it was 0"):
+        train(run_config(folder, max_steps=1, resume="auto", seed=5))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    weights = next((checkpoint_folders(folder)[-1] / "state").glob("model*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged.*delete that folder"):
+        train(run_config(folder, max_steps=2, resume="auto", seed=5))
+
+
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
+    from latent_egc.training.checkpoints import CheckpointRecord, prune_checkpoints, write_record
+
+    for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        write_record(checkpoint, CheckpointRecord(step, score))
+    prune_checkpoints(tmp_path, keep=2)
+    assert [read_record(folder).global_step for folder in checkpoint_folders(tmp_path)] == [2, 4, 5]
+    assert read_record(best_checkpoint(tmp_path)).global_step == 2
+    (tmp_path / "checkpoints/step-00000005/checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match="step-00000005 cannot be read"):
+        best_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"in_channels": 3}, r"model\.in_channels must be 4"),
+        ("model", {"sample_size": 16}, r"model\.sample_size must be 8"),
+        ("model", {"num_classes": 7}, r"model\.num_classes=7"),
+        ("data", {"image_size": 30}, r"data\.image_size must be divisible by the autoencoder's factor 4, got 30"),
+    ],
+)
+def test_misfits_are_found_before_anything_is_written(tmp_path, section, change, message):
+    values = run_values(tmp_path / "run")
+    values[section] = values.get(section, {}) | change
+    with pytest.raises(ConfigError, match=message):
+        train(parse_config(values))
+    assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_training_image_is_named_or_skipped_and_counted(tmp_path):
+    for split in ("train", "validation"):
+        for label in "ab":
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(tmp_path / "images" / split / label / f"{i}.png")
+    (tmp_path / "images" / "train" / "b" / "2.png").write_bytes(b"not an image")
+    values = run_values(tmp_path / "run", max_steps=2)
+    values["model"]["num_classes"] = 2
+    values["data"] = {"dataset": "imagefolder", "data_dir": str(tmp_path / "images"), "validation_split": "validation"}
+    with pytest.raises(ValueError, match=r"corrupt image.*b/2\.png"):
+        train(parse_config(values))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    values["data"]["skip_corrupt"] = True
+    values["training"]["overwrite"] = True
+    folder = train(parse_config(values))
+    counts = [row["num_skipped_images"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    assert counts[-1] >= 1
+
+
+def weights_of(folder):
+    """The averaged weights of a run's newest checkpoint."""
+    return load_file(checkpoint_folders(folder)[-1] / "pipeline/energy_model/diffusion_pytorch_model.safetensors")
+
+
+# The code generator takes minutes for the other runs' U-Net.
+SHALLOW_TRANSFORMER = {
+    "backbone": "transformer",
+    "sample_size": 8,
+    "in_channels": 4,
+    "num_classes": 10,
+    "width": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "precision", "tolerance"),
+    [
+        pytest.param("compile", "bf16", 1e-2, marks=pytest.mark.full_compiler),
+        ("activation_checkpointing", "no", 1e-4),
+    ],
+)
+def test_fast_and_frugal_steps_train_the_same_network(tmp_path, option, precision, tolerance):
+    """With the average, a resume in the middle, and the same names in the checkpoint."""
+
+    def run(name, **training):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        values = run_values(tmp_path / name, mixed_precision=precision, **training)
+        train(parse_config(values | {"model": SHALLOW_TRANSFORMER}))
+
+    run("plain")
+    settings = {option: True, "checkpoint_every": 2}
+    run("other", **settings)
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "step-00000004")
+    run("other", **settings, resume="auto")
+    for step, values in losses(tmp_path / "plain").items():
+        assert losses(tmp_path / "other")[step] == pytest.approx(values, rel=tolerance)
+    plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "other")
+    assert plain.keys() == other.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, rtol=tolerance, atol=tolerance)
+    state = load_file(checkpoint_folders(tmp_path / "other")[-1] / "state" / "model.safetensors")
+    assert {name.removeprefix("energy_model.") for name in state} == set(plain)
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_run_goes_on(tmp_path):
+    values = run_values(tmp_path / "run", compile=True) | {"model": SHALLOW_TRANSFORMER}
+    environment = {
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+    }
+    output = finish(start(values, environment=environment))
+    assert output.count("training.compile: the compiler failed, training goes on without it") == 1
+    assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}
+
+
+def test_compile_and_checkpointing_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="recomputation belongs to autograd"):
+        run_config(tmp_path, compile=True, activation_checkpointing=True)
+
+
+def test_sharded_optimiser_trains_the_same_network_and_resumes_anywhere(tmp_path):
+    """Two processes with half of the state each; their checkpoint goes on in one process with all of it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    constant = {"lr_schedule": "constant"}
+    train(run_config(tmp_path / "one", train_batch_size=8, **constant))
+    two = run_values(tmp_path / "two", train_batch_size=4, shard_optimizer=True, max_steps=2, **constant)
+    finish(start(two, launcher=torchrun))
+    finish(start(two, "training.max_steps=3", "training.resume=auto", launcher=torchrun))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(tmp_path / "two", train_batch_size=8, shard_optimizer=True, resume="auto", **constant))
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert expected.keys() == found.keys()
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4), step
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_launches_that_the_loop_cannot_run_are_refused(tmp_path, kind, monkeypatch):
+    """Accelerate offers neither on the CPU, so the launch is only said to be one."""
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
+    with pytest.raises(ConfigError, match=f"launched with {kind.value}: .* training.shard_optimizer=true"):
+        train(run_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
