@@ -177,16 +177,18 @@ def test_methods_are_bundled_with_the_pipeline_each_once_before_what_needs_them(
     (tmp_path / "made_up_method.py").write_text(
         "from latent_egc.models.noise_schedule import add_noise\n"
         "from latent_egc.pipelines.images import vae_scale_factor\n\n\n"
-        "def noised(latents):\n    return add_noise(latents, 0 * latents, (vae_scale_factor(None), 0))\n"
+        "def noised(latents):\n"
+        "    levels = vae_scale_factor(None) * latents.new_ones(1), latents.new_zeros(1)\n"
+        "    return add_noise(latents, 0 * latents, levels)\n"
     )
     monkeypatch.setattr(latent_egc.methods, "__path__", [*latent_egc.methods.__path__, str(tmp_path)])
     source = inspect.getsource(pipeline_egc)
     source = source.replace("from .images", "from latent_egc.methods.made_up_method import noised\nfrom .images", 1)
-    (tmp_path / "pipeline_copy.py").write_text(source + "\nHALF = noised(0.5)\n")
+    (tmp_path / "pipeline_copy.py").write_text(source + "\nHALF = noised(torch.full((1, 1, 1, 1), 0.5))\n")
     monkeypatch.setattr(latent_egc.pipelines, "__path__", [*latent_egc.pipelines.__path__, str(tmp_path)])
     code = bundle("latent_egc.pipelines.pipeline_copy")
     for line in ("def add_noise(", "def vae_scale_factor(", "def noised("):
-        assert code.count(line) == 1
+        assert code.count("\n" + line) == 1
     (tmp_path / "bundled.py").write_text(code + "\nassert HALF == 0.5\nprint(EGCPipeline.__module__)\n")
     command = [sys.executable, "-c", STRANGER.partition("import torch")[0] + "import bundled"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
