@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latent_egc.atomic import CheckpointError
 from latent_egc.config import ConfigError
-from latent_egc.training.checkpoints import pipeline_folder
+from latent_egc.training.checkpoints import resolve_pipeline
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -269,7 +269,7 @@ def _load_pipeline(path: str, device: str | None = None):
     from latent_egc.pipelines import EGCPipeline
 
     if Path(path).exists():
-        path = str(pipeline_folder(path))
+        path = str(resolve_pipeline(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"no such run or pipeline: {path}")
     return EGCPipeline.from_pretrained(path).to(_device(device))
