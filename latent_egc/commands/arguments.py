@@ -1,7 +1,6 @@
 """Arguments that several verbs take, and what they mean."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,13 +38,9 @@ def device_name(name: str | None) -> str:
     return name or PartialState().device.type
 
 
-def load_pipeline(path: str, device: str | None = None) -> "EGCPipeline":
+def load_pipeline(name: str, device: str | None = None) -> "EGCPipeline":
     """The pipeline that a name means, on a device. Raises FileNotFoundError where there is none."""
     from latent_egc.pipelines import EGCPipeline
-    from latent_egc.training.checkpoints import pipeline_folder
+    from latent_egc.training.checkpoints import resolve_pipeline
 
-    if Path(path).exists():
-        path = str(pipeline_folder(path))
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"no such run or pipeline: {path}")
-    return EGCPipeline.from_pretrained(path).to(device_name(device))
+    return EGCPipeline.from_pretrained(resolve_pipeline(name)).to(device_name(device))

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from latent_egc import models
 from latent_egc.atomic import check_unoccupied, replace_folder
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.training.checkpoints import pipeline_folder, read_metrics, read_record
+from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
 CARD = """\
 # {name}
@@ -65,7 +65,7 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
         CheckpointError: writing failed; nothing half-written stays.
     """
     run, folder = Path(run), Path(folder)
-    source = pipeline_folder(run)
+    source = resolve_pipeline(run)
     check_unoccupied(folder)
 
     def write(unfinished: Path) -> None:
