@@ -1,6 +1,6 @@
 """The quickstart: train on digits, reload, sample and classify; the samples are judged by an independent classifier.
 
-    python scripts/quickstart.py            (what `make quickstart` runs)
+    python examples/quickstart.py            (what `make quickstart` runs)
 
 Writes runs/quickstart/ with samples.png and curves.png and prints test accuracy, the share of 200 guided samples that a
 support vector classifier, trained on real digits, gives the class that was asked for, and seconds.
