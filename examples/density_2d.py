@@ -100,4 +100,5 @@ def main(max_steps: int = 1200, picture: Path = PICTURE) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small; a second thread would only wait
     main()
