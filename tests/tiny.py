@@ -10,7 +10,7 @@ from PIL import Image
 
 from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.config import DataConfig
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,3 +127,17 @@ def bf16_convolution_is_right() -> bool:
 
     exact = gradient(torch.float32)
     return bool((gradient(torch.bfloat16) - exact).norm() < 0.1 * exact.norm())
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(pipeline, *labels, **arguments):
+    arguments = {"num_inference_steps": 3, "generator": generator(), "output_type": "pt"} | arguments
+    return pipeline(*labels, **arguments).images
+
+
+def gradient_image(width=20, height=12):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
