@@ -14,7 +14,7 @@ from sklearn.datasets import make_moons
 from tqdm.auto import tqdm
 
 from latent_egc import EGCObjective, EGCTransformer
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "density_2d.png"
 TIMESTEP = 60  # at which energy and score are drawn: sigma_t = 0.27, the moons a little blurred

@@ -32,7 +32,7 @@ from latent_egc.data.views import PixelViews
 from latent_egc.models import EnergyModel
 from latent_egc.objective import CompiledForward, EGCLosses, EGCObjective
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 from latent_egc.training.checkpoints import (
     CheckpointRecord,
     MetricsLog,
