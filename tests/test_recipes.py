@@ -34,10 +34,10 @@ SMOKE = (
     "training.compile=false",
     "training.train_batch_size=1",
     "training.gradient_accumulation_steps=1",
-    "training.num_evaluation_samples=1",
+    "training.num_validation_images=1",
     "training.trackers=[]",
     "sampling.num_inference_steps=1",
-    "sampling.images_per_class=1",
+    "sampling.num_images_per_label=1",
     "sampling.max_classes=1",
 )
 

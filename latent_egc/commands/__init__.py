@@ -278,15 +278,18 @@ def _load_pipeline(path: str, device: str | None = None):
 def _encode(options: argparse.Namespace) -> None:
     from latent_egc.config import load_config
     from latent_egc.data.latent_cache import encode
+    from latent_egc.training.build import resolve_model
 
     config = load_config(options.config, options.overrides)
-    folder = encode(config, options.batch_size, _device(options.device))
+    num_classes = resolve_model(config.model)["num_classes"]
+    folder = encode(config.data, config.autoencoder, num_classes, options.batch_size, _device(options.device))
     print(f"latent cache written: {folder}")
 
 
 def _train(options: argparse.Namespace) -> None:
     from latent_egc.config import load_config
-    from latent_egc.training.loop import describe, train
+    from latent_egc.training.build import describe
+    from latent_egc.training.loop import train
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:

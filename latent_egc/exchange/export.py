@@ -15,8 +15,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from latent_egc.atomic import check_unoccupied, replace_folder
-from latent_egc.config import BACKBONES
 from latent_egc.pipelines import EGCPipeline
+from latent_egc.training.build import BACKBONES
 from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
 CARD = """\

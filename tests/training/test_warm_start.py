@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_BACKBONES, tiny_pipeline, tiny_transformer, tiny_unet
-from tiny_runs import fresh_accelerator, run_values  # noqa: F401
+from tiny_runs import run_values
 
 from latent_egc.config import ConfigError, parse_config
 from latent_egc.training.checkpoints import resolve_pipeline
