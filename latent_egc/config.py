@@ -227,7 +227,7 @@ def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]
             renamed[section] = {RENAMED.get(f"{section}.{k}", k): value for k, value in values[section].items()}
     if old:
-        names = ", ".join(f"{name} is now {RENAMED[name]}" for name in sorted(old))
+        names = ", ".join(f"{name} is now {name.split('.')[0]}.{RENAMED[name]}" for name in sorted(old))
         warnings.warn(f"renamed keys in the configuration: {names}", stacklevel=4)
     return renamed
 

@@ -101,7 +101,7 @@ def test_nothing_is_written_where_it_cannot_be_loaded(tmp_path):
     values = run_values(tmp_path / "run")
     values["model"]["init_from"] = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"model.init_from: no such folder"):
-        parse_config(values)
+        train(parse_config(values))
     tiny_unet().save_pretrained(tmp_path / "other")
     values["model"]["init_from"] = str(tmp_path / "other")
     with pytest.raises(ConfigError, match="in_channels is 2 there, 4 here"):
