@@ -13,7 +13,6 @@ from latent_egc.config import (
     Config,
     ConfigError,
     DataConfig,
-    ModelConfig,
     ObjectiveConfig,
     SamplingConfig,
     TrainingConfig,
@@ -118,11 +117,11 @@ def finetuning_config(context: ProbeContext, chosen: np.ndarray, folder: Path) -
         values["energy_channels"] = len(context.class_names)
     autoencoder = AutoencoderConfig(path=context.denoiser.source, subfolder="vae")
     return Config(
-        model=ModelConfig(
-            backbone="transformer" if isinstance(network, EGCTransformer) else "unet",
-            arguments=values,
-            init_from=context.denoiser.source,
-        ),
+        model={
+            "backbone": "transformer" if isinstance(network, EGCTransformer) else "unet",
+            "init_from": context.denoiser.source,
+            **values,
+        },
         autoencoder=AutoencoderConfig(path=None) if context.denoiser.vae is None else autoencoder,
         data=DataConfig(
             dataset="parquet",
@@ -140,13 +139,13 @@ def finetuning_config(context: ProbeContext, chosen: np.ndarray, folder: Path) -
             lr_schedule="cosine",
             ema_decay=0.9,
             seed=context.settings.seed,
-            evaluate_every=few.finetune_steps,
+            validate_every=few.finetune_steps,
             sample_every=few.finetune_steps + 1,
             checkpoint_every=few.finetune_steps,
             trackers=(),
             resume="auto",
         ),
-        sampling=SamplingConfig(num_inference_steps=1, images_per_class=1, max_classes=1),
+        sampling=SamplingConfig(num_inference_steps=1, num_images_per_label=1, max_classes=1),
         output_dir=str(folder / "run"),
     )
 

@@ -139,7 +139,7 @@ def _load_plain(context: EvaluationContext, path: str) -> EGCPipeline:
         plain = EGCPipeline.from_pretrained(str(resolve_pipeline(Path(path)))).to(context.accelerator.device)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"robustness.plain: {error}; train one: python scripts/train_plain_classifier.py RUN {path}"
+            f"robustness.plain: {error}; train one: python experiments/train_plain_classifier.py RUN {path}"
         ) from error
     if plain.id2label != context.pipeline.id2label or plain.image_size != context.pipeline.image_size:
         raise ConfigError(f"robustness.plain: {path} has other classes or another image size than the pipeline")
