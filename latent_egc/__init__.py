@@ -1,8 +1,12 @@
 """One energy network in the latent space of an autoencoder: it classifies by its output, it samples by its gradient."""
 
-from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
-from latent_egc.objective import EGCLosses, EGCObjective
-from latent_egc.pipelines import EGCClassificationOutput, EGCPipeline
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
+    from latent_egc.objective import EGCLosses, EGCObjective
+    from latent_egc.pipelines import EGCClassificationOutput, EGCPipeline
 
 __all__ = [
     "EGCClassificationOutput",
@@ -15,3 +19,16 @@ __all__ = [
     "EnergyOutput",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first asked for: the command line's help need not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'latent_egc' has no attribute {name!r}")
+    homes = {"EGCClassificationOutput": "pipelines", "EGCPipeline": "pipelines"}
+    homes |= {"EGCLosses": "objective", "EGCObjective": "objective"}
+    return getattr(import_module(f"latent_egc.{homes.get(name, 'models')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

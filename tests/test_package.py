@@ -1,70 +1,146 @@
-"""The shape of the package: import layers, what the wheel holds, plain text."""
+"""The shape of the package: rooms and what they import, sizes, what the wheel holds, plain text."""
 
 import ast
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 
 import pytest
 from tiny import ROOT
 
+# Imports run one way: a room imports from itself and from those above it in this list.
 LAYERS = [
-    {"models", "pipelines"},
-    {"config", "autoencoders", "data", "objective"},
-    {"latent_cache", "validation", "figures", "run_folder", "hub", "convert", "warm_start"}
-    | {"measurement", "benchmark", "evaluation"},
-    {"training", "probing"},
-    {"cli"},
+    {"models"},
+    {"methods"},
+    {"pipelines"},
+    {"objective", "config", "atomic"},
+    {"data"},
+    {"training"},
+    {"exchange"},
+    {"measuring"},
+    {"commands", "cli", "__main__"},
 ]
-# What travels to the Hub imports nothing that a machine with diffusers alone has not.
-TRAVELLING = {"torch", "diffusers"}
+# What travels to the Hub imports nothing that a machine with diffusers alone has not, and is concatenated there.
+TRAVELLING = ("models", "methods", "pipelines")
+MAXIMAL_LINES, MAXIMAL_FUNCTION_LINES = 400, 80
 
 
 def sources():
-    """Dotted module name below latent_egc -> its file."""
+    """Dotted module name -> its file."""
     files = {}
-    for folder, prefix in ((ROOT / "latent_egc", ""), (ROOT / "pipelines", "pipelines.")):
+    for folder, package in ((ROOT / "latent_egc", "latent_egc"), (ROOT / "pipelines", "latent_egc.pipelines")):
         for path in folder.rglob("*.py"):
-            files[prefix + ".".join(path.relative_to(folder).with_suffix("").parts)] = path
+            files[".".join([package, *path.relative_to(folder).with_suffix("").parts])] = path
     return files
 
 
-def imports(path):
-    """Absolute names of what a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+SOURCES = sources()
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+
+
+def imported_modules(name):
+    """Absolute names of the modules from which a module imports, wherever in it."""
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            yield resolve_name("." * node.level + (node.module or ""), name.rpartition(".")[0])
+
+
+def room_of(name):
+    """The room of one of our modules, None for latent_egc itself, which only gathers names."""
+    return (name.removesuffix(".__init__").split(".")[1:] or [None])[0]
 
 
 def layer_of(name):
-    """The layer of a module; None for latent_egc itself, which only gathers names."""
-    top = name.split(".")[0]
-    return next((i for i, layer in enumerate(LAYERS) if top in layer), None)
+    """The layer of one of our modules."""
+    return next(i for i, layer in enumerate(LAYERS) if room_of(name) in layer)
 
 
-def test_every_module_has_a_layer():
-    assert {name for name in sources() if layer_of(name) is None} == {"__init__"}
+def test_every_module_has_a_room():
+    assert {room_of(name) for name in SOURCES} == {None}.union(*LAYERS)
 
 
-@pytest.mark.parametrize("name", sorted(sources()))
-def test_modules_import_only_lower_layers(name):
-    for imported in imports(sources()[name]):
-        package, _, rest = imported.partition(".")
-        if package == "latent_egc" and name != "__init__" and rest:
-            assert layer_of(rest) <= layer_of(name), f"{name} imports {imported}"
-        if layer_of(name) == 0:
-            assert package in TRAVELLING | set(sys.stdlib_module_names), f"{name} imports {imported}"
+@pytest.mark.parametrize("name", sorted(SOURCES.keys() - {"latent_egc.__init__"}))
+def test_modules_import_only_from_lower_rooms(name):
+    for imported in imported_modules(name):
+        package = imported.split(".")[0]
+        if package == "latent_egc" and room_of(imported) is not None:
+            assert layer_of(imported) <= layer_of(name), f"{name} imports {imported}"
+        if room_of(name) in TRAVELLING:
+            allowed = {"torch", "diffusers", "latent_egc", *sys.stdlib_module_names}
+            assert package in allowed, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SOURCES if room_of(name) in TRAVELLING))
+def test_what_travels_imports_what_travels_in_lines_that_export_can_inline(name):
+    """`from .x import NAME` within a room, `from latent_egc.ROOM.x import NAME` from another, x a module's file."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("latent_egc") for alias in node.names), node.lineno
+        if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.startswith("latent_egc")):
+            continue
+        imported = resolve_name("." * node.level + node.module, name.rpartition(".")[0])
+        place = f"{name}:{node.lineno} imports {imported}"
+        assert imported in SOURCES, place
+        assert (node.level == 1) == (room_of(imported) == room_of(name)), place
+        assert node in TREES[name].body, place
+        assert node.lineno == node.end_lineno, place
+        assert not any(alias.asname for alias in node.names), place
+
+
+def test_names_are_unique_in_what_is_concatenated():
+    """A name at the top of a module, defined there or imported from elsewhere, means one thing in all of them."""
+    meanings = {}
+    for name in sorted(SOURCES):
+        if room_of(name) not in TRAVELLING or name.endswith("__init__"):
+            continue
+        for node in TREES[name].body:
+            found = {}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found = {node.name: name}
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found = {leaf.id: name for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                origin = ""
+                if isinstance(node, ast.ImportFrom):
+                    origin = resolve_name("." * node.level + node.module, name.rpartition(".")[0])
+                found = {alias.asname or alias.name: origin or alias.name for alias in node.names}
+            for top_level, meaning in found.items():
+                assert meanings.setdefault(top_level, meaning) == meaning, f"{top_level} in {name}"
+
+
+def test_configuration_loads_no_torch():
+    command = "import sys, latent_egc.config, latent_egc.atomic; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", command], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_modules_and_functions_are_short(name):
+    assert len(SOURCES[name].read_text().splitlines()) <= MAXIMAL_LINES
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+            lines = node.end_lineno - node.lineno + 1
+            lines -= 0 if docstring is None else docstring.end_lineno - docstring.lineno + 1
+            assert lines <= MAXIMAL_FUNCTION_LINES, f"{node.name} has {lines} lines"
 
 
 def test_sources_are_ascii_and_hold_no_hidden_constant():
-    others = [path for pattern in ("tests/*.py", "scripts/*.py", "configs/*.yaml") for path in ROOT.glob(pattern)]
-    for path in [*sources().values(), *others]:
+    patterns = ("tests/**/*.py", "examples/*.py", "experiments/*.py", "configs/*.yaml", "docs/*.md", "*.md", "*.py")
+    for path in [*SOURCES.values(), *(path for pattern in patterns for path in ROOT.glob(pattern))]:
         assert path.read_text().isascii(), path
-    for path in sources().values():
+    for path in SOURCES.values():
         assert "0.18215" not in path.read_text(), path
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (module or "").split(".")[-1].startswith("test_"), path
 
 
 @pytest.mark.skipif(find_spec("build") is None, reason="needs the package build")
@@ -72,17 +148,28 @@ def test_wheel_holds_only_latent_egc(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"latent_egc"}
-    for name in ("pipelines/pipeline_egc.py", "models/unet.py", "assets/digits_vae/config.json", "cli.py"):
-        assert f"latent_egc/{name}" in names
+    assert {f"{name.replace('.', '/')}.py" for name in SOURCES} <= names
+    for asset in ("measuring/report.html.j2", "assets/digits_vae/config.json"):
+        assert f"latent_egc/{asset}" in names
     assert "latent_egc/assets/digits_vae/diffusion_pytorch_model.safetensors" in names
-    assert not [name for name in names if name.startswith(("tests", "scripts", "configs"))]
 
 
 def test_public_names():
     import latent_egc
 
-    assert {"EGCPipeline", "EGCUNet", "EGCObjective"} <= set(latent_egc.__all__)
+    assert (
+        {"EGCPipeline", "EGCUNet", "EGCTransformer", "EGCObjective"} <= set(latent_egc.__all__) <= set(dir(latent_egc))
+    )
     for name in latent_egc.__all__:
         assert getattr(latent_egc, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'EGCPipelines'"):
+        latent_egc.EGCPipelines  # noqa: B018
+
+
+def test_importing_the_package_loads_no_torch():
+    command = (
+        "import sys, latent_egc; assert 'torch' not in sys.modules; latent_egc.EGCUNet; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)

@@ -9,15 +9,17 @@ import inspect
 import json
 import re
 import shutil
+from importlib import import_module
+from importlib.util import resolve_name
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from latent_egc import models
 from latent_egc.atomic import check_unoccupied, replace_folder
-from latent_egc.config import BACKBONES
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.training.checkpoints import pipeline_folder, read_metrics, read_record
+from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
 CARD = """\
 # {name}
@@ -63,7 +65,7 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
         CheckpointError: writing failed; nothing half-written stays.
     """
     run, folder = Path(run), Path(folder)
-    source = pipeline_folder(run)
+    source = resolve_pipeline(run)
     check_unoccupied(folder)
 
     def write(unfinished: Path) -> None:
@@ -84,28 +86,38 @@ def _add_code(folder: Path) -> None:
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text())
     class_name = index["energy_model"][1]
-    backbone = next(cls for cls in BACKBONES.values() if cls.__name__ == class_name)
-    module = Path(inspect.getfile(backbone))
-    # One file, because diffusers downloads none but the one that model_index.json names.
-    (folder / "energy_model" / module.name).write_text(_bundle(module, set()))
-    pipeline_module = Path(inspect.getfile(EGCPipeline))
-    shutil.copy(pipeline_module, folder / pipeline_module.name)
-    index["_class_name"] = [pipeline_module.stem, EGCPipeline.__name__]
-    index["energy_model"] = [module.stem, class_name]
+    backbone = getattr(models, class_name).__module__
+    for module, place in ((backbone, folder / "energy_model"), (EGCPipeline.__module__, folder)):
+        (place / f"{_stem(module)}.py").write_text(bundle(module))
+    index["_class_name"] = [_stem(EGCPipeline.__module__), EGCPipeline.__name__]
+    index["energy_model"] = [_stem(backbone), class_name]
     index_file.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _bundle(module: Path, included: set[str]) -> str:
-    """The module's source, behind that of the modules beside it that it imports, each once."""
-    included.add(module.stem)
+def _stem(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def bundle(module: str, included: set[str] | None = None) -> str:
+    """A module's source, behind that of the modules of this package that it imports, each once, in order of need.
+
+    One file, because diffusers downloads none but the one that model_index.json names. A test keeps such imports to
+    the forms `from .x import NAME` and `from latent_egc.ROOM.x import NAME`, one line each.
+
+    Args:
+        module: its dotted name.
+        included: modules that are there already; those that are added here join them.
+    """
+    included = set() if included is None else included
+    included.add(module)
     own, bundled = [], ""
-    for line in module.read_text().splitlines(keepends=True):
-        relative = re.match(r"from \.(\w+) import ", line)
-        if relative is None:
+    for line in inspect.getsource(import_module(module)).splitlines(keepends=True):
+        imported = re.match(r"from (\.\w+|latent_egc\.[\w.]+) import ", line)
+        if imported is None:
             own.append(line)
-        elif relative[1] not in included:
-            bundled += _bundle(module.with_name(f"{relative[1]}.py"), included)
-    return bundled + f"# latent_egc/models/{module.name}\n" + "".join(own) + "\n\n"
+        elif (name := resolve_name(imported[1], module.rpartition(".")[0])) not in included:
+            bundled += bundle(name, included)
+    return bundled + f"# {module.replace('.', '/')}.py\n" + "".join(own) + "\n\n"
 
 
 def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:

@@ -1,5 +1,6 @@
-"""`from_dit` reads a class-conditional diffusion transformer (DiT, Peebles and Xie, ICCV 2023) as diffusers stores it, and
-makes of the noise predictor an energy network to go on training from.
+"""A class-conditional diffusion transformer (DiT, Peebles and Xie, ICCV 2023), as diffusers stores it, as a pipeline.
+
+The noise predictor becomes an energy network to go on training from.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
 
 from latent_egc.atomic import CheckpointError, check_unoccupied
 from latent_egc.config import AutoencoderConfig
-from latent_egc.exchange.from_egc import _refuse_tensors, _write_pipeline
+from latent_egc.exchange.conversion import refuse_tensors, write_pipeline
 from latent_egc.models import EGCTransformer
 
 # Modules of an EGCTransformer -> diffusers' DiT; the embeddings are those of its first block, which all blocks share.
@@ -82,7 +83,7 @@ def from_dit(source: str | Path, folder: str | Path, *, autoencoder: str | None 
     vae = AutoencoderConfig(path=source, subfolder="vae")
     if autoencoder is not None:
         vae = AutoencoderConfig(path=autoencoder)
-    return _write_pipeline(folder, transformer, vae, id2label, guidance_scale=1.0)
+    return write_pipeline(folder, transformer, vae, id2label, guidance_scale=1.0)
 
 
 def _read_dit(source: str) -> DiTTransformer2DModel:
@@ -96,7 +97,7 @@ def _read_dit(source: str) -> DiTTransformer2DModel:
     except (ValueError, RuntimeError) as error:  # a tensor of the wrong shape among others, which the error names
         raise CheckpointError(f"the network in {source} cannot be read: {error}") from error
     faults = {"missing": sorted(report["missing_keys"]), "unexpected": sorted(report["unexpected_keys"])}
-    _refuse_tensors("the DiT that its configuration describes", faults)
+    refuse_tensors("the DiT that its configuration describes", faults)
     return dit
 
 

@@ -1,11 +1,7 @@
-"""Checkpoints of other implementations, as pipelines of this package.
+"""The U-Net of the published EGC implementation as a pipeline (Guo et al., ICCV 2023, github.com/GuoQiushan/EGC).
 
-`from_egc` reads the U-Net of the published EGC implementation (Guo et al., ICCV 2023, github.com/GuoQiushan/EGC), whose
-modules bear latent diffusion's names. The architecture is inferred from names and shapes; then every tensor must find
-its place in an `EGCUNet` and every place its tensor, or nothing is written.
-
-`from_dit` reads a class-conditional diffusion transformer (DiT, Peebles and Xie, ICCV 2023) as diffusers stores it, and
-makes of the noise predictor an energy network to go on training from.
+Its modules bear latent diffusion's names. The architecture is inferred from names and shapes; then every tensor must
+find its place in an `EGCUNet` and every place its tensor, or nothing is written.
 """
 
 import itertools
@@ -16,12 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from latent_egc.atomic import CheckpointError, check_unoccupied, replace_folder
-from latent_egc.config import AutoencoderConfig, ConfigError
-from latent_egc.data.autoencoders import load_autoencoder
-from latent_egc.models import EGCUNet, EnergyModel
-from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.atomic import CheckpointError, check_unoccupied
+from latent_egc.config import AutoencoderConfig
+from latent_egc.exchange.conversion import refuse_tensors, write_pipeline
+from latent_egc.models import EGCUNet
 
 # Stable Diffusion's autoencoder with a better decoder; the encoder, which makes the latents, is the same.
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
@@ -104,30 +98,7 @@ def from_egc(
         has_classes=id2label is not None,
     )
     guidance_scale = EGC_GUIDANCE_SCALE if unet.config.num_classes else 1.0
-    return _write_pipeline(folder, unet, AutoencoderConfig(path=autoencoder), id2label, guidance_scale)
-
-
-def _write_pipeline(
-    folder: Path,
-    model: EnergyModel,
-    autoencoder: AutoencoderConfig,
-    id2label: Mapping[Any, str] | None,
-    guidance_scale: float,
-) -> Path:
-    """Joins a converted network with its autoencoder and writes them whole, or nothing; returns `folder`."""
-    vae = load_autoencoder(autoencoder)
-    channels = 3 if vae is None else vae.config.latent_channels
-    if channels != model.config.in_channels:
-        raise ConfigError(
-            f"autoencoder={autoencoder.path!r} makes latents of {channels} channels, the network takes "
-            f"{model.config.in_channels}"
-        )
-    pipeline = EGCPipeline(model, vae, default_scheduler(model), id2label, guidance_scale)
-    replace_folder(folder, pipeline.save_pretrained)
-    return folder
-
-
-# --- the published EGC's U-Net --------------------------------------------------------------------------------------
+    return write_pipeline(folder, unet, AutoencoderConfig(path=autoencoder), id2label, guidance_scale)
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -266,7 +237,7 @@ def _egc_architecture(shapes: Mapping[str, tuple[int, ...]], has_classes: bool) 
 
 def _check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError, which names the tensors, unless names and shapes are the expected ones."""
-    _refuse_tensors(
+    refuse_tensors(
         "the U-Net that its names imply",
         {
             "missing": [name for name in expected if name not in tensors],
@@ -278,14 +249,3 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, t
             ],
         },
     )
-
-
-def _refuse_tensors(network: str, offending: Mapping[str, list[str]]) -> None:
-    """Raises CheckpointError where any fault has names."""
-    parts = []
-    for fault, names in offending.items():
-        if names:
-            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            parts.append(f"{fault}: {', '.join(names[:20])}{more}")
-    if parts:
-        raise CheckpointError(f"the checkpoint does not fit {network}; " + "; ".join(parts))

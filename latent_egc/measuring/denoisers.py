@@ -18,7 +18,7 @@ from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.models.noise_schedule import add_noise
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.pipelines.images import vae_scale_factor
-from latent_egc.training.checkpoints import pipeline_folder
+from latent_egc.training.checkpoints import resolve_pipeline
 
 # A block's feature map (N, D, h, w) -> what takes its place.
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -194,7 +194,7 @@ def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
     try:
         if folder.is_dir() and (folder / "config.json").is_file():
             return Denoiser(AutoModel.from_pretrained(str(folder)).to(device), None, _ddpm_schedule(), source=source)
-        place = str(pipeline_folder(folder)) if folder.exists() else source
+        place = str(resolve_pipeline(folder)) if folder.exists() else source
         try:
             components = DiffusionPipeline.load_config(place)
         except OSError:  # a Hub repository of one network

@@ -43,7 +43,7 @@ from latent_egc.measuring.suites import (
     robustness,
 )
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.training.checkpoints import pipeline_folder
+from latent_egc.training.checkpoints import resolve_pipeline
 
 EVALUATION = {
     "classification": classification,
@@ -204,7 +204,7 @@ def _digests(section: dict[str, Any]) -> dict[str, str]:
     files: list[Path] = []
     for path in (Path(value) for value in values if isinstance(value, str)):
         try:
-            files += [path] if path.is_file() else sorted(pipeline_folder(path).rglob("*.safetensors"))
+            files += [path] if path.is_file() else sorted(resolve_pipeline(path).rglob("*.safetensors"))
         except FileNotFoundError:
             continue  # neither a file nor a pipeline: a Hub id, or a mistake that the suite itself names
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -71,21 +71,30 @@ def best_checkpoint(run: str | Path) -> Path | None:
     return max(scored)[2] if scored else None
 
 
-def pipeline_folder(path: str | Path) -> Path:
-    """The pipeline that a path means: a pipeline's own folder, or a run's last pipeline, else its best checkpoint's.
+def resolve_pipeline(name: str | Path) -> str | Path:
+    """Where the pipeline lies that a name means, as `from_pretrained` takes it.
+
+    Args:
+        name: a pipeline's own folder; a run's folder, which means its last pipeline, else its best or else its newest
+            checkpoint's; or, as a string, a Hub id.
+
+    Returns:
+        A folder with a model_index.json; or the Hub id as it is.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: nothing is there, or a folder that holds neither.
     """
-    path = Path(path)
-    candidates = [path, path / "pipeline"]
-    best = best_checkpoint(path)
-    newest = checkpoint_folders(path)[-1:]
-    candidates += [checkpoint / "pipeline" for checkpoint in ([best] if best else newest)]
-    for candidate in candidates:
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(f"no such run or pipeline: {name}")
+        return name
+    best = best_checkpoint(folder)
+    checkpoints = [best] if best else checkpoint_folders(folder)[-1:]
+    for candidate in (folder, folder / "pipeline", *(checkpoint / "pipeline" for checkpoint in checkpoints)):
         if (candidate / "model_index.json").is_file():
             return candidate
-    raise FileNotFoundError(f"{path} holds no pipeline (model_index.json) and no run with a checkpoint")
+    raise FileNotFoundError(f"{name} holds no pipeline (model_index.json) and no run with a checkpoint")
 
 
 def write_record(folder: Path, record: CheckpointRecord) -> None:

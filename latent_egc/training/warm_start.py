@@ -6,7 +6,7 @@ from pathlib import Path
 
 from latent_egc.config import ConfigError
 from latent_egc.models import EnergyModel
-from latent_egc.training.checkpoints import pipeline_folder
+from latent_egc.training.checkpoints import resolve_pipeline
 
 MAY_DIFFER = ("num_classes", "energy_channels", "sample_size")
 
@@ -24,15 +24,11 @@ def load_initial_weights(model: EnergyModel, source: str) -> None:
     Raises:
         ConfigError: nothing there that can be loaded, another backbone, or a network that differs otherwise; by name.
     """
-    folder, subfolder = Path(source).expanduser(), "energy_model"
     try:
-        if (folder / "config.json").is_file():
-            subfolder = None
-        elif folder.exists():
-            folder = pipeline_folder(folder)
-        else:
-            folder = source  # a Hub id
-        other, report = type(model).from_pretrained(folder, subfolder=subfolder, output_loading_info=True)
+        place, subfolder = Path(source).expanduser(), None
+        if not (place / "config.json").is_file():
+            place, subfolder = resolve_pipeline(source), "energy_model"
+        other, report = type(model).from_pretrained(place, subfolder=subfolder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model.init_from={source!r} cannot be loaded: {error}") from error
     faults = [f"{fault} {sorted(report[fault])}" for fault in ("missing_keys", "unexpected_keys") if report[fault]]

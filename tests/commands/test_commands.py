@@ -1,15 +1,18 @@
 """The command line, run in this process on a tiny pipeline."""
 
 import json
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
 import yaml
+from command_line import fails
 from PIL import Image
 from tiny import tiny_kl, tiny_pipeline
 
-from latent_egc.commands import main, train_main
+from latent_egc.commands import VERBS, main, train_main
 from latent_egc.config import parse_config
 
 MODEL = {
@@ -68,24 +71,13 @@ def config(tmp_path):
     return path
 
 
-def fails(capsys, arguments: list, *parts: str) -> None:
-    """Asserts exit status 2, nothing on stdout, and one line on stderr, `error: ...`, that holds all `parts`."""
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert captured.err.rstrip().endswith(line)
-    assert "Traceback" not in captured.err
-    for part in parts:
-        assert str(part) in line
-
-
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "verb", ["encode", "train", "sample", "classify", "evaluate", "info", "export", "convert", "benchmark"]
-)
+NAMES = [verb.__name__.rpartition(".")[2] for verb in VERBS]
+
+
+@pytest.mark.parametrize("verb", NAMES)
 def test_help_of_every_verb_holds_an_example(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
@@ -94,14 +86,41 @@ def test_help_of_every_verb_holds_an_example(verb, capsys):
 
 
 def test_help_lists_the_verbs(capsys):
+    assert {"encode", "train", "sample", "classify", "evaluate", "probe", "info", "export", "convert"} < set(NAMES)
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("encode", "train", "sample", "classify", "info", "export", "convert"))
+    assert all(verb in out for verb in NAMES)
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2
+
+
+def test_help_loads_no_torch():
+    """One process for all of them: what no verb has loaded, none has."""
+    script = """
+import sys
+import latent_egc
+from latent_egc.commands import VERBS, main
+for verb in ["", *(verb.__name__.rpartition(".")[2] for verb in VERBS)]:
+    try:
+        main([*verb.split(), "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "latent_egc"], ["-m", "latent_egc.cli"]],
+    ids=["accelerate", "former name"],
+)
+def test_the_package_is_a_command(launcher, pipeline):
+    done = subprocess.run([sys.executable, *launcher, "info", pipeline], capture_output=True, text=True, check=True)
+    assert "3: cat, dog, cow" in done.stdout
 
 
 # --- sample ---------------------------------------------------------------------------------------------------------
@@ -109,7 +128,7 @@ def test_help_lists_the_verbs(capsys):
 
 def test_sample_writes_a_grid_and_single_images(pipeline, tmp_path, capsys):
     output = tmp_path / "samples"
-    arguments = ["sample", pipeline, "--images-per-class", "2", "--steps", "2", "--output", str(output)]
+    arguments = ["sample", pipeline, "--num-images-per-label", "2", "--steps", "2", "--output", str(output)]
     assert main([*arguments, "--classes", "dog", "2"]) == 0
     files = sorted(path.name for path in output.iterdir())
     assert files == ["grid.png", "row00_dog_000.png", "row00_dog_001.png", "row01_cow_000.png", "row01_cow_001.png"]
@@ -121,7 +140,8 @@ def test_sample_takes_all_classes_by_default_and_the_same_seed_gives_the_same_im
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         output = str(tmp_path / name)
         assert (
-            main(["sample", pipeline, "--images-per-class=1", "--steps=2", f"--seed={seed}", "--output", output]) == 0
+            main(["sample", pipeline, "--num-images-per-label=1", "--steps=2", f"--seed={seed}", "--output", output])
+            == 0
         )
     assert len(list((tmp_path / "a").glob("row*.png"))) == 3
     first, same, other = (np.asarray(Image.open(tmp_path / name / "row00_cat_000.png")) for name in "abc")
@@ -130,6 +150,7 @@ def test_sample_takes_all_classes_by_default_and_the_same_seed_gives_the_same_im
 
 
 def test_a_class_asked_for_twice_is_written_twice(pipeline, tmp_path):
+    """By the number's former name."""
     arguments = ["sample", pipeline, "--classes", "cat", "cat", "--images-per-class=1", "--steps=2"]
     assert main([*arguments, "--output", str(tmp_path / "samples")]) == 0
     assert len(list((tmp_path / "samples").glob("row*.png"))) == 2
@@ -139,7 +160,7 @@ def test_sample_unlabelled(pipeline, tmp_path):
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     for source, flags in ((pipeline, ["--unlabelled"]), (tmp_path / "unlabelled", [])):
         output = tmp_path / f"of-{len(flags)}"
-        arguments = ["sample", str(source), "--images-per-class=2", "--steps=2", "--output", str(output), *flags]
+        arguments = ["sample", str(source), "--num-images-per-label=2", "--steps=2", "--output", str(output), *flags]
         assert main(arguments) == 0
         assert len(list(output.glob("row*.png"))) == 4
 
@@ -154,7 +175,7 @@ def test_sample_errors(pipeline, tmp_path, capsys):
     fails(capsys, ["sample", tmp_path / "empty"], "holds no pipeline (model_index.json)")
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     fails(capsys, ["sample", tmp_path / "unlabelled", "--classes", "cat"], "trained without classes")
-    for flags in (["--images-per-class", "0"], ["--classes", "cat", "--unlabelled"]):
+    for flags in (["--num-images-per-label", "0"], ["--classes", "cat", "--unlabelled"]):
         with pytest.raises(SystemExit) as end:
             main(["sample", pipeline, *flags])
         assert end.value.code == 2

@@ -1,5 +1,6 @@
 """The exported folder: it loads with latent-egc and without it, and gives the same numbers."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,15 +10,17 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fake_hub import serve
-from test_pipeline import sample
 from tiny import tiny_pipeline
 
+import latent_egc.methods
 from latent_egc import EGCPipeline, EGCUNet
 from latent_egc.config import ConfigError
-from latent_egc.exchange import export as hub
+from latent_egc.exchange import export as export_module
+from latent_egc.exchange.export import bundle, export
+from latent_egc.pipelines import pipeline_egc
 from latent_egc.training.figures import save_grid
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 # Runs where importing latent_egc fails, as on a machine that has only diffusers.
 STRANGER = """
@@ -57,6 +60,11 @@ def make_run(folder, **overrides):
     return pipeline
 
 
+def sample(pipeline, labels):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(labels, num_inference_steps=3, generator=generator, output_type="pt").images
+
+
 @pytest.mark.parametrize(
     ("source", "variant"),
     [("folder", {}), ("hub", {"vae": False, "in_channels": 3, "head": "inner", "class_embedding": True})],
@@ -64,7 +72,7 @@ def make_run(folder, **overrides):
 )
 def test_export_loads_with_and_without_the_package(tmp_path, source, variant, monkeypatch):
     pipeline = make_run(tmp_path / "run", **variant)
-    folder = hub.export(tmp_path / "run", tmp_path / "exported")
+    folder = export(tmp_path / "run", tmp_path / "exported")
     pixels = torch.rand(2, 3, 8, 8)
     torch.save(pixels, tmp_path / "pixels.pt")
     output = pipeline.classify(pixels)
@@ -89,20 +97,20 @@ def test_export_loads_with_and_without_the_package(tmp_path, source, variant, mo
 
 def test_loading_from_the_hub_needs_no_flag_where_the_package_is(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
-    serve(hub.export(tmp_path / "run", tmp_path / "exported"), tmp_path / "downloaded", monkeypatch.setattr)
+    serve(export(tmp_path / "run", tmp_path / "exported"), tmp_path / "downloaded", monkeypatch.setattr)
     assert type(EGCPipeline.from_pretrained("someone/digits").energy_model) is EGCUNet
 
 
 def test_remote_code_needs_the_flag(tmp_path):
     make_run(tmp_path / "run")
-    folder = hub.export(tmp_path / "run", tmp_path / "exported")
+    folder = export(tmp_path / "run", tmp_path / "exported")
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder)
 
 
 def test_contents_and_model_card(tmp_path):
     make_run(tmp_path / "run")
-    folder = hub.export(tmp_path / "run", tmp_path / "exported")
+    folder = export(tmp_path / "run", tmp_path / "exported")
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert names == {
         "README.md",
@@ -131,19 +139,19 @@ def test_unfinished_run_exports_its_best_checkpoint(tmp_path):
         tiny_pipeline(head="map" if step == 5 else "inner").save_pretrained(checkpoint / "pipeline")
         (checkpoint / "checkpoint.json").write_text(json.dumps({"global_step": step, "score": score}))
     (run / "pipeline").rename(tmp_path / "elsewhere")
-    folder = hub.export(run, tmp_path / "exported")
+    folder = export(run, tmp_path / "exported")
     assert EGCPipeline.from_pretrained(folder).energy_model.config.head == "map"
 
 
 def test_errors_lose_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pipeline"):
-        hub.export(tmp_path, tmp_path / "exported")
+        export(tmp_path, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
     make_run(tmp_path / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     with pytest.raises(ConfigError, match="already holds"):
-        hub.export(tmp_path / "run", tmp_path / "full")
+        export(tmp_path / "run", tmp_path / "full")
     assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
 
 
@@ -157,8 +165,31 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             calls.append(("upload", repo_id, folder_path))
 
-    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(export_module, "HfApi", Api)
     make_run(tmp_path / "run")
-    hub.export(tmp_path / "run", tmp_path / "exported", push_to_hub="someone/digits")
+    export(tmp_path / "run", tmp_path / "exported", push_to_hub="someone/digits")
     assert calls == [("create", "someone/digits", True), ("upload", "someone/digits", tmp_path / "exported")]
     assert 'from_pretrained("someone/digits"' in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_methods_are_bundled_with_the_pipeline_each_once_before_what_needs_them(tmp_path, monkeypatch):
+    """A made-up method between two modules of this package; the bundle runs where latent_egc cannot be imported."""
+    (tmp_path / "made_up_method.py").write_text(
+        "from latent_egc.models.noise_schedule import add_noise\n"
+        "from latent_egc.pipelines.images import vae_scale_factor\n\n\n"
+        "def noised(latents):\n"
+        "    levels = vae_scale_factor(None) * latents.new_ones(1), latents.new_zeros(1)\n"
+        "    return add_noise(latents, 0 * latents, levels)\n"
+    )
+    monkeypatch.setattr(latent_egc.methods, "__path__", [*latent_egc.methods.__path__, str(tmp_path)])
+    source = inspect.getsource(pipeline_egc)
+    source = source.replace("from .images", "from latent_egc.methods.made_up_method import noised\nfrom .images", 1)
+    (tmp_path / "pipeline_copy.py").write_text(source + "\nHALF = noised(torch.full((1, 1, 1, 1), 0.5))\n")
+    monkeypatch.setattr(latent_egc.pipelines, "__path__", [*latent_egc.pipelines.__path__, str(tmp_path)])
+    code = bundle("latent_egc.pipelines.pipeline_copy")
+    for line in ("def add_noise(", "def vae_scale_factor(", "def noised("):
+        assert code.count("\n" + line) == 1
+    (tmp_path / "bundled.py").write_text(code + "\nassert HALF == 0.5\nprint(EGCPipeline.__module__)\n")
+    command = [sys.executable, "-c", STRANGER.partition("import torch")[0] + "import bundled"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "bundled\n"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from command_line import fails
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
-from test_cli import fails
 from tiny import tiny_kl
 
 from latent_egc import EGCPipeline, EGCTransformer

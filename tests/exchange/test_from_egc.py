@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import fails
 from safetensors.torch import load_file, save_file
-from test_cli import fails
 from tiny import ROOT, SHARED, tiny_kl, tiny_unet
 
 from latent_egc import EGCObjective, EGCPipeline

@@ -13,9 +13,9 @@ from tiny import tiny_kl
 from latent_egc.commands import main
 from latent_egc.config import ConfigError, parse_config
 from latent_egc.measuring import benchmark as benchmark_module
-from latent_egc.measuring.benchmark import (
+from latent_egc.measuring.benchmark import benchmark, sampling_pairs, variant_pairs
+from latent_egc.measuring.benchmark_steps import (
     attention_step,
-    benchmark,
     chunked_step,
     classification,
     classifier_free_step,
@@ -27,9 +27,7 @@ from latent_egc.measuring.benchmark import (
     plain_forward,
     published_kernels,
     published_step,
-    sampling_pairs,
     two_pass_guided_step,
-    variant_pairs,
     with_checkpointing,
 )
 from latent_egc.measuring.timing import Pair, Side, distinct_sides, measure, peak_memory_of, seconds_of

@@ -25,9 +25,9 @@ from latent_egc.data.sources import load_splits
 from latent_egc.training.checkpoints import (
     best_checkpoint,
     checkpoint_folders,
-    pipeline_folder,
     read_metrics,
     read_record,
+    resolve_pipeline,
 )
 from latent_egc.training.loop import NonFiniteLossError, Run, learning_rate_at, train
 
@@ -161,7 +161,7 @@ def test_signals_save_and_exit(tmp_path, number):
     step = read_record(checkpoint).global_step
     assert f"stopped at step {step}, checkpoint saved" in output
     assert step == max(losses(tmp_path / "run"))
-    assert pipeline_folder(tmp_path / "run") == checkpoint / "pipeline"
+    assert resolve_pipeline(tmp_path / "run") == checkpoint / "pipeline"
     AcceleratorState._reset_state(reset_partial_state=True)
     run = Run(run_config(tmp_path / "run", **values["training"] | {"resume": "auto"}), accelerator())
     assert run.global_step == step

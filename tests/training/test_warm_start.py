@@ -3,11 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training import fresh_accelerator, run_values  # noqa: F401
 from tiny import TINY_BACKBONES, tiny_pipeline, tiny_transformer, tiny_unet
+from tiny_runs import fresh_accelerator, run_values  # noqa: F401
 
 from latent_egc.config import ConfigError, parse_config
-from latent_egc.training.checkpoints import pipeline_folder
+from latent_egc.training.checkpoints import resolve_pipeline
 from latent_egc.training.loop import train
 from latent_egc.training.warm_start import load_initial_weights
 
@@ -88,7 +88,7 @@ def test_training_starts_from_a_run(tmp_path):
     assert parse_config(config.to_dict()) == config
     train(config)
     weights = "energy_model/diffusion_pytorch_model.safetensors"
-    expected, found = (load_file(pipeline_folder(tmp_path / run) / weights) for run in ("first", "second"))
+    expected, found = (load_file(resolve_pipeline(tmp_path / run) / weights) for run in ("first", "second"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
     # What training started from need not be there any more when it is resumed.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from latent_egc.measuring.attacks import Attack, Attacker, DenoisedClassifier, P
 from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.training.checkpoints import pipeline_folder
+from latent_egc.training.checkpoints import resolve_pipeline
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
 def _load_plain(context: EvaluationContext, path: str) -> EGCPipeline:
     """The pipeline of a plainly trained classifier, which must have the same trunk, images and classes."""
     try:
-        plain = EGCPipeline.from_pretrained(str(pipeline_folder(path))).to(context.accelerator.device)
+        plain = EGCPipeline.from_pretrained(str(resolve_pipeline(Path(path)))).to(context.accelerator.device)
     except FileNotFoundError as error:
         raise ConfigError(
             f"robustness.plain: {error}; train one: python scripts/train_plain_classifier.py RUN {path}"

@@ -1,0 +1,48 @@
+"""Write a checkpoint of another implementation as a pipeline of this one.
+
+example: latent-egc convert --from-egc 256x256_EGC.pt imagenet256
+"""
+
+import argparse
+from pathlib import Path
+
+from latent_egc.commands.arguments import positive_integer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to convert, and what it does not say itself."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-egc", type=Path, metavar="FILE", help="the published EGC's U-Net, .pt or .safetensors")
+    source.add_argument(
+        "--from-dit", metavar="SOURCE", help="a diffusers DiT to go on training from: a Hub id or a folder"
+    )
+    parser.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--autoencoder",
+        default=None,
+        help="whose latents the network was trained on, a Hub id or a folder (default stabilityai/sd-vae-ft-mse; for "
+        "--from-dit the repository's own)",
+    )
+    only_egc = parser.add_argument_group("what the file of --from-egc does not say")
+    only_egc.add_argument("--sample-size", type=positive_integer, help="height and width of the latents (default 32)")
+    only_egc.add_argument("--num-attention-heads", type=positive_integer, help="of every block (default 4)")
+    only_egc.add_argument("--class-names", type=Path, help="a text file, one class a line; default: ids")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the pipeline."""
+    from latent_egc.exchange.from_dit import from_dit
+    from latent_egc.exchange.from_egc import from_egc
+
+    names = ("autoencoder", "sample_size", "num_attention_heads", "class_names")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.from_dit is not None:
+        others = [f"--{name.replace('_', '-')}" for name in given if name != "autoencoder"]
+        if others:
+            raise ValueError(f"--from-dit reads from its source what {', '.join(others)} would say; leave it out")
+        from_dit(options.from_dit, options.folder, **given)
+    else:
+        if "class_names" in given:
+            given["id2label"] = dict(enumerate(given.pop("class_names").read_text().splitlines()))
+        from_egc(options.from_egc, options.folder, **given)
+    print(f"pipeline written: {options.folder}")

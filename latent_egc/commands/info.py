@@ -1,0 +1,34 @@
+"""Say what a pipeline holds.
+
+example: latent-egc info runs/quickstart
+"""
+
+import argparse
+
+from latent_egc.commands.arguments import add_pipeline_argument, load_pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pipeline."""
+    add_pipeline_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a line a fact."""
+    pipeline = load_pipeline(options.pipeline, "cpu")
+    model, vae = pipeline.energy_model, pipeline.vae
+    names = list(pipeline.id2label.values())
+    autoencoder = "none, pixel space"
+    if vae is not None:
+        autoencoder = f"{type(vae).__name__}, {sum(p.numel() for p in vae.parameters()):,} parameters"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    config = model.config
+    print(f"energy model  {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"head          {config.head}" + (", Gaussian part" if config.gaussian_part else ""))
+    print(f"autoencoder   {autoencoder}")
+    print(f"images        {pipeline.image_size} x {pipeline.image_size} px")
+    print(f"latents       {config.in_channels} x {config.sample_size} x {config.sample_size}")
+    print(f"classes       {len(names)}: {shown}" if names else "classes       none")
+    print(f"guidance      {pipeline.config.default_guidance_scale:g} by default")
+    schedule = f"{config.num_train_timesteps} timesteps, {config.beta_schedule}"
+    print(f"scheduler     {type(pipeline.scheduler).__name__}, {schedule}")

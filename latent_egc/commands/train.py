@@ -1,0 +1,28 @@
+"""Train an energy network in this process; `accelerate launch train.py` starts several.
+
+example: latent-egc train configs/digits.yaml training.max_steps=500 output_dir=runs/a
+"""
+
+import argparse
+
+from latent_egc.commands.arguments import add_config_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, parameters and memory; write nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, or says what would be trained."""
+    from latent_egc.config import load_config
+    from latent_egc.training.loop import describe, train
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(describe(config), end="")
+    else:
+        train(config)
