@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from latent_egc.config import Config, ConfigError
 from latent_egc.data.autoencoders import encode_moments, fingerprint, latent_shape, load_autoencoder
-from latent_egc.data.sources import CorruptImageError, ImageTable, Splits, keep_labels, load_splits
+from latent_egc.data.sources import CorruptImageError, ImageTable, Splits, load_splits
 from latent_egc.data.stream import AUGMENTATION, CACHED_VIEW, SampleStream, random_stream
-from latent_egc.data.views import central_view, clean_view
+from latent_egc.data.views import central_view, clean_view, keep_labels
 
 IMAGES_PER_SHARD = 256
 # Half precision: its rounding, 2^-11 of a value, is far below the autoencoder's own error, and it halves the disk.

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
 from latent_egc.config import apply_overrides, parse_dataclass, within
 
@@ -22,7 +22,7 @@ class StudySettings:
     num_resamples: int = within(1000, 10)  # of the bootstrap behind each confidence interval
 
     @classmethod
-    def parse(cls, overrides: Sequence[str] = ()) -> Self:
+    def parse(cls, overrides: Sequence[str] = ()) -> "StudySettings":
         """Settings from overrides of the defaults, "KEY.SUB=VALUE".
 
         Raises:
@@ -47,4 +47,4 @@ class StudySettings:
 def with_sections(name: str, settings: type[StudySettings], suites: Mapping[str, ModuleType]) -> type[StudySettings]:
     """A class of settings that has, besides its own, a section for each suite that has any."""
     sections = [(key, suite.Settings, suite.Settings()) for key, suite in suites.items() if suite.Settings is not None]
-    return dataclasses.make_dataclass(name, sections, bases=(settings,), frozen=True, module=__name__)
+    return dataclasses.make_dataclass(name, sections, bases=(settings,), frozen=True)
