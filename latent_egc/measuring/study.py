@@ -171,7 +171,7 @@ def _study(
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
         if "noise" in wanted[suite] and "noise" not in report.settings_of(suite, default={"noise"}):
-            accelerator.print(f"{suite}: the report's was begun under an earlier rule of noise, measured anew")
+            accelerator.print(f"{suite}: begun under an earlier rule of noise, measured anew")
         # What a stopped suite left is used again by the same subject with the same settings alone.
         origin = json.dumps([report.content["subject"]["fingerprint"], wanted[suite]], sort_keys=True)
         unfinished = folder / f"unfinished_{suite}"

@@ -1,11 +1,14 @@
 """The report: what it holds, its page, whose it is."""
 
 import base64
+import html
+import json
 import re
 
 import pytest
-from tiny import tiny_pipeline
+from tiny import ROOT, tiny_pipeline
 
+from latent_egc.commands import main
 from latent_egc.config import ConfigError
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
 from latent_egc.measuring.suites import generation
@@ -63,3 +66,31 @@ def test_another_pipelines_report_is_left_alone(run, tmp_path):
     (tmp_path / "report" / "report.json").write_text("{")
     with pytest.raises(ConfigError, match="is not a report"):
         run(["calibration"])
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_small", "imagenette64"])
+def test_pages_of_published_reports(tmp_path, capsys, name):
+    """Of a report whose pictures are elsewhere; every metric stands in it."""
+    path = tmp_path / f"{name}.json"
+    path.write_text((ROOT / "docs" / "reports" / f"{name}.json").read_text())
+    assert main(["report", str(path)]) == 0
+    assert f"page written: {tmp_path / name}.html" in capsys.readouterr().out
+    page = (tmp_path / f"{name}.html").read_text()
+    content = json.loads(path.read_text())
+    for suite, record in content["suites"].items():
+        assert f'<section id="{suite}">' in page
+        for metric in record["metrics"]:
+            assert f"<td>{metric}</td>" in html.unescape(page)
+        for figure in record["figures"]:
+            assert f"Left out, as {figure['file']} is not there" in page
+
+
+def test_page_of_a_reports_folder(run, tmp_path, capsys):
+    run(["classification"])
+    page = tmp_path / "report" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert main(["report", str(page.parent)]) == 0
+    assert page.read_text() == before
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not a report" in capsys.readouterr().err

@@ -62,6 +62,24 @@ def test_report_survives_a_kill_and_goes_on(run, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("already in the report") == 1
 
 
+def test_what_was_begun_under_an_earlier_rule_of_noise_is_measured_anew(run, tmp_path, capsys):
+    """The suite that is asked for, and no other; the report stays readable throughout."""
+    run(["classification", "calibration"])
+    path = tmp_path / "report" / "report.json"
+    content = json.loads(path.read_text())
+    for record in content["suites"].values():
+        del record["settings"]["noise"]
+        record["settings"]["files"] = {}
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    report = run(["classification"])
+    assert "classification: begun under an earlier rule of noise, measured anew" in capsys.readouterr().out
+    assert report.content["suites"]["calibration"] == content["suites"]["calibration"]
+    assert report.content["suites"]["classification"]["settings"]["noise"] == "by seed and row"
+    run(["classification"])
+    assert "classification: already in the report" in capsys.readouterr().out
+
+
 def test_a_suite_is_measured_again_when_a_file_it_reads_has_changed(run, tmp_path, monkeypatch):
     calls, found = [], SuiteResult(1, {"n": Metric(1.0)})
     monkeypatch.setattr(ood, "run", lambda context, settings: calls.append(1) or found)
