@@ -5,6 +5,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny import tiny_pipeline, write_images
+from tiny_studies import FAST_EVALUATION, FAST_PROBE
 
 
 @pytest.fixture
@@ -19,22 +20,32 @@ def fresh_accelerator():
 def evaluation_context(tmp_path, monkeypatch):
     """A function: settings as overrides, and options of `tiny_pipeline` -> an EvaluationContext on 7 images."""
     # Only here: tests of the other parts shall not need the packages of the extra `eval`.
-    from latent_egc.measuring import parse_settings
-    from latent_egc.measuring.context import EvaluationContext
+    from latent_egc.measuring.evaluation_context import EvaluationContext
+    from latent_egc.measuring.study import EvaluationSettings
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     data = write_images(tmp_path / "images")
 
     def make(*overrides: str, **options):
         pipeline = tiny_pipeline(names=("cat", "cow", "dog"), **options)
-        return EvaluationContext(
-            pipeline, data, parse_settings(["num_resamples=20", *overrides]), Accelerator(cpu=True)
-        )
+        settings = EvaluationSettings.parse(["num_resamples=20", *overrides])
+        return EvaluationContext(pipeline, data, settings, Accelerator(cpu=True))
 
     return make
 
 
-FAST_PROBE = ["timesteps=[0,90]", "poolings=[1,2]", "num_resamples=20", "linear.c=[0.01]", "linear.held_out=0.3"]
+@pytest.fixture
+def run(evaluation_context, tmp_path):
+    """A function: suites and settings -> the report on the tiny pipeline, always in the same folder."""
+    from latent_egc.measuring.study import EvaluationSettings, evaluate
+
+    context = evaluation_context()
+
+    def run(suites, *overrides, pipeline=context.pipeline, **options):
+        settings = EvaluationSettings.parse([*FAST_EVALUATION, *overrides])
+        return evaluate(pipeline, context.data, suites, tmp_path / "report", settings, "tiny", **options)
+
+    return run
 
 
 @pytest.fixture
@@ -42,7 +53,7 @@ def probe_context(tmp_path, monkeypatch):
     """A function: settings as overrides, a denoiser (default: the tiny one) -> a ProbeContext on 14 + 7 images."""
     from latent_egc.measuring.denoisers import load_denoiser
     from latent_egc.measuring.probe_context import ProbeContext
-    from latent_egc.measuring.probe_settings import parse_settings
+    from latent_egc.measuring.study import ProbeSettings
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     tiny_pipeline(names=("cat", "cow", "dog")).save_pretrained(tmp_path / "pipeline")
@@ -50,9 +61,10 @@ def probe_context(tmp_path, monkeypatch):
 
     def make(*overrides: str, denoiser=None, extract: bool = True):
         denoiser = denoiser or load_denoiser(str(tmp_path / "pipeline"))
-        context = ProbeContext(denoiser, data, parse_settings([*FAST_PROBE, *overrides]), tmp_path / "features")
+        settings, accelerator = ProbeSettings.parse([*FAST_PROBE, *overrides]), Accelerator(cpu=True)
+        context = ProbeContext(denoiser, data, settings, accelerator, tmp_path / "features")
         if extract:
-            context.cache.extract(context.settings.timesteps, Accelerator(cpu=True))
+            context.cache.extract(settings.timesteps, accelerator)
         return context
 
     return make

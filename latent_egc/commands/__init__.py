@@ -17,11 +17,12 @@ from latent_egc.commands import (
     export,
     info,
     probe,
+    report,
     sample,
     train,
 )
 
-VERBS = (encode, train, sample, classify, evaluate, probe, info, export, convert, benchmark)
+VERBS = (encode, train, sample, classify, evaluate, probe, report, info, export, convert, benchmark)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

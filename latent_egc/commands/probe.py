@@ -1,12 +1,14 @@
 """Measure what a frozen denoiser's features know of the classes, by block and timestep, into one report.
 
-example: latent-egc probe runs/quickstart --analysis heatmap,pooling --set timesteps=[30,90]
+example: latent-egc probe runs/quickstart --suite heatmap,pooling --set timesteps=[30,90]
+
+The suites are heatmap, pooling, heads, cka, fusion, few_shot and comparison. The report's folder also holds the feature
+cache, which takes rows x channels of all blocks x p x p x 2 bytes a timestep.
 """
 
 import argparse
-from pathlib import Path
 
-from latent_egc.commands.evaluate import own_config_file
+from latent_egc.commands.evaluate import add_study_arguments, data_and_folder, extra_packages, print_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,58 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pipeline",
         help="a run's folder, or a folder or Hub id of a pipeline or network: energy network, UNet2DModel, DiT",
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="CONFIG",
-        help="a YAML file with a data section, whose classes may be any; default: the run's own config.yaml",
-    )
-    parser.add_argument(
-        "--analysis",
-        default="heatmap,pooling,heads",
-        help="one or more of heatmap, pooling, heads, cka, fusion, few_shot, comparison, with commas "
-        "(default %(default)s)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=None,
-        help="folder of the report and of the feature cache, which takes rows x channels of all blocks x p x p x 2 "
-        "bytes a timestep (default: probe, in the run's folder)",
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY.SUB=VALUE",
-        help="settings such as num_train_images=5000; all are in latent_egc/probing/settings.py",
-    )
+    add_study_arguments(parser, "probe", "heatmap,pooling,heads", example="num_train_images=5000")
 
 
 def run(options: argparse.Namespace) -> None:
     """Writes the report and prints its table."""
     from accelerate import Accelerator
 
-    from latent_egc.config import ConfigError, load_data_config
-
-    try:
+    with extra_packages():
         from latent_egc.measuring.denoisers import load_denoiser
-        from latent_egc.measuring.probe import probe
-        from latent_egc.measuring.probe_settings import parse_settings
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"probe needs more packages ({error}): pip install 'latent-egc[eval]'") from error
+        from latent_egc.measuring.study import ProbeSettings, probe
 
-    settings = parse_settings(options.set)
-    own_config = own_config_file(options)
-    data = load_data_config(options.data or own_config)
+    settings = ProbeSettings.parse(options.set)
+    data, folder = data_and_folder(options, "probe")
     accelerator = Accelerator()
-    report = probe(
-        load_denoiser(options.pipeline, accelerator.device),
-        data,
-        options.analysis.split(","),
-        options.output or (own_config.parent if own_config.is_file() else Path()) / "probe",
-        settings,
-        accelerator,
-    )
-    if report is not None:
-        print(f"\n{report.table()}\n\nreport: {report.folder / 'report.html'}")
+    denoiser = load_denoiser(options.pipeline, accelerator.device)
+    report = probe(denoiser, data, options.suite.split(","), folder, settings, accelerator)
+    if accelerator.is_main_process:
+        print_report(report)

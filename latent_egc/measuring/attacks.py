@@ -1,4 +1,7 @@
-"""Attacks on pixels in [0, 1], end to end through the autoencoder; the attacks are adversarial-robustness-toolbox's."""
+"""Attacks on pixels in [0, 1], end to end through the autoencoder; the attacks are adversarial-robustness-toolbox's.
+
+That library takes seconds to import, and the other suites do without it: it is imported by the first attacker.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,14 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from art.attacks.evasion import (
-    AutoAttack,
-    AutoProjectedGradientDescent,
-    FastGradientMethod,
-    ProjectedGradientDescent,
-    SquareAttack,
-)
-from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from latent_egc.config import ConfigError
@@ -98,12 +93,20 @@ class Attacker:
         device: on which the network stands.
 
     Raises:
-        ConfigError: no gradient reaches the pixels.
+        ConfigError: no gradient reaches the pixels, or the library is not installed.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, int, int], num_classes: int, device: torch.device) -> None:
         self.network, self.device = network.eval(), device
         self._require_gradient(shape)
+        try:
+            from art.attacks import evasion
+            from art.estimators.classification import PyTorchClassifier
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
+            ) from error
+        self.attacks = evasion
         self.classifier = PyTorchClassifier(
             network,
             loss=nn.CrossEntropyLoss(),
@@ -156,7 +159,9 @@ class Attacker:
 
     def fgsm(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
         """One step along the gradient's sign, or its direction for l_2 (Goodfellow et al., ICLR 2015)."""
-        attack = FastGradientMethod(self.classifier, norm=threat.order, eps=threat.eps, batch_size=len(images))
+        attack = self.attacks.FastGradientMethod(
+            self.classifier, norm=threat.order, eps=threat.eps, batch_size=len(images)
+        )
         return attack.generate(images, labels)
 
     def pgd(
@@ -166,7 +171,7 @@ class Attacker:
 
         Without `random_start` it starts at the image itself.
         """
-        attack = ProjectedGradientDescent(
+        attack = self.attacks.ProjectedGradientDescent(
             self.classifier,
             norm=threat.order,
             eps=threat.eps,
@@ -191,11 +196,13 @@ class Attacker:
         if self.classifier.nb_classes > 2:  # the ratio compares the first and the third largest logit
             schedule.append(("difference_logits_ratio", num_steps))
         attacks = [
-            AutoProjectedGradientDescent(
+            self.attacks.AutoProjectedGradientDescent(
                 self.classifier, eps_step=2 * threat.eps, max_iter=steps, nb_random_init=1, loss_type=loss, **shared
             )
             for loss, steps in schedule
         ]
-        attacks.append(SquareAttack(self.classifier, max_iter=num_queries, p_init=0.8, **shared))
-        attack = AutoAttack(self.classifier, norm=threat.order, eps=threat.eps, attacks=attacks, batch_size=len(images))
+        attacks.append(self.attacks.SquareAttack(self.classifier, max_iter=num_queries, p_init=0.8, **shared))
+        attack = self.attacks.AutoAttack(
+            self.classifier, norm=threat.order, eps=threat.eps, attacks=attacks, batch_size=len(images)
+        )
         return attack.generate(images, labels)

@@ -1,93 +1,126 @@
-"""What every suite is given: the pipeline, the images, and a way to run over them on all processes."""
+"""What the suites of every study are given: the images, and a way to run over them on all processes."""
 
-import os
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from latent_egc.atomic import replace_file
 from latent_egc.config import ConfigError, DataConfig
-from latent_egc.data.sources import ImageTable, Splits, load_splits
-from latent_egc.data.stream import VALIDATION_NOISE, random_stream
+from latent_egc.data.sources import ImageTable, load_splits
+from latent_egc.data.stream import random_stream
 from latent_egc.data.views import central_view
 from latent_egc.measuring.results import Metric, bootstrapped
-from latent_egc.measuring.settings import EvaluationSettings
-from latent_egc.pipelines import EGCPipeline
+from latent_egc.measuring.settings import StudySettings
 
 ROWS_PER_PART = 1000
 
 
-def load_matching_splits(pipeline: EGCPipeline, data: DataConfig) -> Splits:
-    """The dataset of `data`, its class names checked against the pipeline's.
-
-    Raises:
-        ConfigError: as `load_splits`, or classes that are not the pipeline's.
-    """
-    splits = load_splits(data, pipeline.energy_model.config.num_classes)
-    expected = [name for _, name in sorted(pipeline.id2label.items())]
-    if splits.class_names != expected:
-        pairs = zip(splits.class_names, expected, strict=False)
-        first = next((i for i, (name, wanted) in enumerate(pairs) if name != wanted), 0)
-        raise ConfigError(
-            f"the dataset's classes are not the pipeline's (id2label): class {first} is "
-            f"{splits.class_names[first]!r} in the data and {expected[first]!r} in the pipeline"
-        )
-    return splits
+def pixel_values(table: ImageTable, rows: Sequence[int], image_size: int) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] on the CPU: the centre crops of some rows of a split."""
+    return torch.stack([central_view(table.image(int(row)), image_size) for row in rows])
 
 
-class EvaluationContext:
-    """A pipeline, the images it is judged on, and the settings.
+def noise_of_rows(
+    seed: int, purpose: int, rows: Sequence[int], shape: tuple[int, int, int], dtype: type = np.float32
+) -> torch.Tensor:
+    """(B, C, h, w) float32, standard normal: each image's is a function of (seed, purpose, row of its split) alone.
 
     Args:
-        pipeline: on the accelerator's device.
-        data: the dataset; its `image_size` gives way to the pipeline's. The validation split is evaluated.
-        settings: of the evaluation.
-        accelerator: the processes that share the work.
+        seed, purpose: of the stream, see `random_stream`.
+        rows: (B,) in the split.
+        shape: (C, h, w).
+        dtype: in which numpy draws; another one gives other numbers.
+    """
+    draws = [random_stream(seed, purpose, int(row)).standard_normal(shape, dtype=dtype) for row in rows]
+    return torch.from_numpy(np.stack(draws)).float()
+
+
+class StudyContext:
+    """The images of a study, its settings, and the processes that share the work.
+
+    Args:
+        network: what is studied.
+        image_size: its images' height and width; that of `data` gives way to it.
+        data: the dataset. The validation split is judged.
+        num_classes: as `load_splits` takes it.
+        settings: of the study.
+        accelerator: the processes.
 
     Attributes:
+        rows, labels: (M,), the judged rows of the validation split, and their labels.
         parts: where the running suite keeps the parts of its long steps until it is finished; None: nowhere.
 
     Raises:
-        ConfigError: the dataset cannot be used with this pipeline.
+        ConfigError: the dataset cannot be used.
     """
 
-    def __init__(
-        self, pipeline: EGCPipeline, data: DataConfig, settings: EvaluationSettings, accelerator: Accelerator
-    ) -> None:
-        self.pipeline, self.settings, self.accelerator = pipeline, settings, accelerator
-        self.parts: Path | None = None
-        self.model = pipeline.energy_model
-        self.data = replace(data, image_size=pipeline.image_size)
-        self.splits = load_matching_splits(pipeline, self.data)
-        labels = self.splits.validation.labels
-        usable = np.arange(len(labels)) if self.num_classes is None else np.flatnonzero(labels >= 0)
-        if len(usable) == 0:
-            raise ConfigError("the validation split has no labelled image")
-        self.rows = self.choose(usable, settings.num_images)
-        self.labels = labels[self.rows]
+    runs_on_all_processes = True  # whether they share each suite's steps; else suites are the main process's
+    fewest_images = 1
 
-    @property
-    def num_classes(self) -> int | None:
-        """K, None for an unlabelled model."""
-        return self.model.config.num_classes
+    def __init__(
+        self,
+        network: ModelMixin,
+        image_size: int,
+        data: DataConfig,
+        num_classes: int | Literal["any"] | None,
+        settings: StudySettings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.network, self.image_size = network, image_size
+        self.settings, self.accelerator = settings, accelerator
+        self.parts: Path | None = None
+        self.data = dataclasses.replace(data, image_size=image_size)
+        self.splits = load_splits(self.data, num_classes)
+        self.rows = self.rows_of(self.splits.validation, settings.num_images)
+        self.labels = self.splits.validation.labels[self.rows]
+
+    def rows_of(self, table: ImageTable, count: int | None) -> np.ndarray:
+        """`count` of a split's rows, of the labelled ones where there are classes. Raises ConfigError: too few."""
+        rows = np.flatnonzero(table.labels >= 0) if self.class_names else np.arange(len(table))
+        rows = self.choose(rows, count)
+        if len(rows) < self.fewest_images:
+            raise ConfigError(
+                f"{len(rows)} labelled images of the {table.name} split, at least {self.fewest_images} are needed"
+            )
+        return rows
 
     @property
     def class_names(self) -> list[str]:
-        """The K names, in the order of their ids."""
+        """The dataset's, in the order of their ids; empty where labels play no part."""
         return self.splits.class_names
 
-    def require_classes(self, suite: str) -> None:
-        """Raises ConfigError for a model that cannot classify."""
-        if self.num_classes is None:
-            raise ConfigError(f"--suite {suite} needs classes, this pipeline was trained without")
+    @property
+    def fingerprint(self) -> str:
+        """Another value means that something else is studied."""
+        raise NotImplementedError
+
+    def subject(self, name: str) -> dict[str, Any]:
+        """What a report says it is of."""
+        return {
+            "pipeline": name,
+            "fingerprint": self.fingerprint,
+            "parameters": f"{sum(p.numel() for p in self.network.parameters()):,}",
+            "images": f"{self.image_size} x {self.image_size} px",
+            "dataset": f"{self.data.dataset}, validation split",
+            "device": f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}",
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What every suite's numbers depend on besides its settings: plain values."""
+        return {"data": dataclasses.asdict(self.data)}
+
+    def prepare(self, suites: Sequence[str]) -> None:
+        """What all processes do together before these suites run."""
 
     def choose(self, rows: np.ndarray, count: int | None) -> np.ndarray:
         """`count` of the rows, drawn by the seed and in ascending order; all of them for None or a larger count."""
@@ -97,8 +130,7 @@ class EvaluationContext:
 
     def pixel_values(self, table: ImageTable, rows: Sequence[int]) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] on the device: the centre crops of some rows of a split."""
-        views = [central_view(table.image(int(row)), self.pipeline.image_size) for row in rows]
-        return torch.stack(views).to(self.accelerator.device)
+        return pixel_values(table, rows, self.image_size).to(self.accelerator.device)
 
     def over(self, count: int, function: Callable[[range], torch.Tensor], description: str) -> torch.Tensor:
         """Runs over `count` positions in batches, shared among the processes.
@@ -148,64 +180,9 @@ class EvaluationContext:
             results.append(self.over(len(positions), of_part, shown))
             if path is not None and self.accelerator.is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({"rows": results[-1].contiguous()}, path.with_suffix(".tmp"))
-                os.replace(path.with_suffix(".tmp"), path)
+                part = {"rows": results[-1].contiguous()}
+                replace_file(path, lambda unfinished, part=part: save_file(part, unfinished))
         return torch.cat(results)
-
-    @torch.no_grad()
-    def encode(self, table: ImageTable, rows: Sequence[int], description: str = "encode") -> torch.Tensor:
-        """Scaled latents (len(rows), C, h, w) of some rows of a split, on the CPU."""
-
-        def encoded(positions: range) -> torch.Tensor:
-            return self.pipeline.encode(self.pixel_values(table, [rows[position] for position in positions]))
-
-        return self.over(len(rows), encoded, description)
-
-    @cached_property
-    def latents(self) -> torch.Tensor:
-        """(M, C, h, w): the evaluated images, encoded once for all suites."""
-        return self.encode(self.splits.validation, self.rows)
-
-    @cached_property
-    def logits(self) -> torch.Tensor:
-        """(M, K) of the evaluated images at timestep 0."""
-        return self.energies_and_logits(self.latents, 0)[1]
-
-    @torch.no_grad()
-    def energies_and_logits(
-        self, latents: torch.Tensor, timestep: int, noised: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies (M,) and logits (M, K) of latents (M, C, h, w) at one timestep; K = 0 without classes.
-
-        Args:
-            latents: clean, of any images.
-            timestep: at which the network looks.
-            noised: whether the latents are first brought to that noise level, with noise that is a function of
-                (seed, row) alone, the same at every timestep.
-        """
-        device = self.accelerator.device
-        alpha, sigma = self.model.noise_levels(torch.tensor(timestep, device=device))
-
-        def rows(positions: range) -> torch.Tensor:
-            batch = latents[list(positions)].to(device)
-            if noised:
-                batch = alpha * batch + sigma * self.noise(positions).to(batch)
-            output = self.model(batch, timestep)
-            return (
-                output.energy[:, None]
-                if output.logits is None
-                else torch.cat([output.energy[:, None], output.logits], 1)
-            )
-
-        both = self.over(len(latents), rows, f"timestep {timestep}")
-        return both[:, 0], both[:, 1:]
-
-    def noise(self, positions: Sequence[int]) -> torch.Tensor:
-        """(B, C, h, w) standard normal, a function of (seed, position)."""
-        config, seed = self.model.config, self.settings.seed
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        draws = [random_stream(seed, VALIDATION_NOISE, int(p)).standard_normal(shape) for p in positions]
-        return torch.from_numpy(np.stack(draws)).float()
 
     def with_interval(
         self,
@@ -214,14 +191,11 @@ class EvaluationContext:
         percent: bool = False,
         strata: np.ndarray | None = None,
     ) -> Metric:
-        """`bootstrapped` with this evaluation's settings."""
+        """`bootstrapped` with this study's settings."""
         arrays = [sample.numpy() if torch.is_tensor(sample) else sample for sample in samples]
-        settings = self.settings
-        return bootstrapped(
-            statistic,
-            *arrays,
-            num_resamples=settings.num_resamples,
-            seed=settings.seed,
-            percent=percent,
-            strata=strata,
-        )
+        num_resamples, seed = self.settings.num_resamples, self.settings.seed
+        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, percent=percent, strata=strata)
+
+    def accuracy(self, correct: np.ndarray) -> Metric:
+        """The mean of (M,) shares, zeros and ones for example, with its interval, as a percentage."""
+        return self.with_interval(np.mean, correct.astype(float), percent=True)

@@ -1,8 +1,8 @@
 """A frozen denoiser to take features from: an energy network, or a U-Net or transformer of diffusers.
 
 Features are read by forward hooks on the network's blocks, one mechanism for all of them, and the only one by which
-DifFeed can add to a block's output. Names are those of `EnergyModel.features`: "in", then "down.LEVEL.LAYER",
-"mid.LAYER" and "up.LEVEL.LAYER" (LEVEL 0 is the finest), or "block.LAYER".
+DifFeed can add to a block's output. Blocks are called "in", then "down.LEVEL.LAYER", "mid.LAYER" and "up.LEVEL.LAYER"
+(LEVEL 0 is the finest), or "block.LAYER".
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,9 @@ from torch import nn
 from latent_egc.config import ConfigError
 from latent_egc.data.autoencoders import encode_moments, fingerprint, latents_from_moments
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
+from latent_egc.models.noise_schedule import add_noise
 from latent_egc.pipelines import EGCPipeline
+from latent_egc.pipelines.images import vae_scale_factor
 from latent_egc.training.checkpoints import resolve_pipeline
 
 # A block's feature map (N, D, h, w) -> what takes its place.
@@ -58,7 +60,7 @@ class Denoiser:
         if vae is not None:
             vae.eval().requires_grad_(False)
         self.sample_size = size
-        self.image_size = size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+        self.image_size = size * vae_scale_factor(vae)
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +93,7 @@ class Denoiser:
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
         """Latents (N, C, h, w) brought to a timestep's noise level."""
         abar = self.alphas_cumprod[timestep]
-        return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        return add_noise(latents, noise, (abar.sqrt(), (1 - abar).sqrt()))
 
     def features(
         self, noisy_latents: torch.Tensor, timestep: int, edits: Mapping[str, Edit] | None = None
@@ -132,7 +134,7 @@ class Denoiser:
     def _run(self, noisy_latents: torch.Tensor, timestep: int) -> None:
         network = self.network
         if isinstance(network, EnergyModel):
-            network.features(noisy_latents, timestep)  # without the output layers
+            network(noisy_latents, timestep)
             return
         timesteps = torch.full((len(noisy_latents),), timestep, device=noisy_latents.device)
         labels = None

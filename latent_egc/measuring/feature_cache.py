@@ -4,13 +4,12 @@
     FOLDER/KEY/latents/train/00000.safetensors       {"latents": (B, C, h, w)} of 256 rows
     FOLDER/KEY/t0090/train/00000.safetensors         {block: (B, D, p, p)}
 
-A shard is written under another name and renamed, so it is whole or not there, and a killed call goes on behind the
-last one. Only one shard's latents and pooled maps are in memory while they are computed.
+A shard is whole or not there, and a killed call goes on behind the last one. Only one shard's latents and pooled maps
+are in memory while they are computed.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from latent_egc.atomic import replace_file, replace_text
 from latent_egc.config import ConfigError
 from latent_egc.data.sources import ImageTable
-from latent_egc.data.stream import NOISE, VALIDATION_NOISE, random_stream
-from latent_egc.data.views import central_view
+from latent_egc.data.stream import NOISE, VALIDATION_NOISE
+from latent_egc.measuring.context import noise_of_rows, pixel_values
 from latent_egc.measuring.denoisers import Denoiser
-from latent_egc.measuring.probe_settings import ProbeSettings
+from latent_egc.measuring.probe_settings import PlaceSettings
 
 ROWS_PER_SHARD = 256
 NOISE_STREAM = {"train": NOISE, "validation": VALIDATION_NOISE}
@@ -61,7 +61,7 @@ class FeatureCache:
         folder: Path,
         denoiser: Denoiser,
         splits: dict[str, Rows],
-        settings: ProbeSettings,
+        settings: PlaceSettings,
         identity: dict[str, object],
     ) -> None:
         self.denoiser, self.splits, self.settings = denoiser, splits, settings
@@ -118,9 +118,7 @@ class FeatureCache:
     def noise(self, split: str, rows: Sequence[int]) -> torch.Tensor:
         """(N, C, h, w) standard normal, a function of (noise seed, split, row): the same at every timestep."""
         shape = (self.denoiser.channels, self.denoiser.sample_size, self.denoiser.sample_size)
-        seed, purpose = self.settings.noise_seed, NOISE_STREAM[split]
-        draws = [random_stream(seed, purpose, int(r)).standard_normal(shape, dtype=np.float32) for r in rows]
-        return torch.from_numpy(np.stack(draws))
+        return noise_of_rows(self.settings.noise_seed, NOISE_STREAM[split], rows, shape)
 
     def stored_pooling(self, timestep: int, block: str) -> int:
         """The largest p of a block: the largest that is asked for, or its map's size."""
@@ -142,14 +140,10 @@ class FeatureCache:
         return whole
 
     def _encoded(self, table: ImageTable, rows: np.ndarray) -> torch.Tensor:
-        device, parts = self.denoiser.network.device, []
-        for first in range(0, len(rows), self.settings.batch_size):
-            views = [
-                central_view(table.image(int(row)), self.denoiser.image_size)
-                for row in rows[first : first + self.settings.batch_size]
-            ]
-            parts.append(self.denoiser.encode(torch.stack(views).to(device)).float().cpu())
-        return torch.cat(parts)
+        device, size = self.denoiser.network.device, self.settings.batch_size
+        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+        views = (pixel_values(table, batch, self.denoiser.image_size).to(device) for batch in batches)
+        return torch.cat([self.denoiser.encode(batch).float().cpu() for batch in views])
 
     @torch.no_grad()
     def _pooled(self, latents: torch.Tensor, noise: torch.Tensor, timestep: int) -> dict[str, torch.Tensor]:
@@ -183,13 +177,5 @@ def _chosen_blocks(denoiser: Denoiser, wanted: tuple[str, ...] | None) -> list[s
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-    os.replace(unfinished, path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda unfinished: save_file(contiguous, unfinished))

@@ -7,8 +7,16 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from latent_egc.config import ConfigError
-from latent_egc.measuring.probe_settings import LinearSettings
+from latent_egc.config import ConfigError, within
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """The linear probe: logistic regression by L-BFGS on standardised features."""
+
+    c: tuple[float, ...] = within((1e-3, 1e-2, 1e-1), 1e-12)  # inverse strengths of the L2 penalty to choose from
+    held_out: float = within(0.2, 0.01, 0.9)  # share of the training rows that chooses c, and the best cell
+    max_iter: int = within(100, 1)
 
 
 @dataclass(frozen=True)
@@ -85,17 +93,10 @@ def linear_probe(
     """
     fitting, choosing = held_out_split(train_labels, config.held_out, seed)
     train, test = (rows.reshape(len(rows), -1) for rows in standardised(train, test))
-    found = [
-        (
-            float(
-                fit_logistic(train[fitting], train_labels[fitting], c, config.max_iter).score(
-                    train[choosing], train_labels[choosing]
-                )
-            ),
-            -c,
-        )
-        for c in config.c
-    ]
-    held_out, c = max(found)  # of equals the strongest penalty
-    predicted = fit_logistic(train, train_labels, -c, config.max_iter).predict(test)
-    return ProbeScore(held_out, float((predicted == test_labels).mean()), -c), predicted
+    held_out = {}
+    for c in config.c:
+        model = fit_logistic(train[fitting], train_labels[fitting], c, config.max_iter)
+        held_out[c] = float(model.score(train[choosing], train_labels[choosing]))
+    c = max(held_out, key=lambda c: (held_out[c], -c))  # of equals the strongest penalty
+    predicted = fit_logistic(train, train_labels, c, config.max_iter).predict(test)
+    return ProbeScore(held_out[c], float((predicted == test_labels).mean()), c), predicted

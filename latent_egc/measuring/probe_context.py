@@ -1,26 +1,34 @@
-"""What every analysis is given: features, labels, and the block, timestep and pooling to look at."""
+"""What the suites of a probe are given: features, labels, and the block, timestep and pooling to look at."""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from latent_egc.atomic import replace_text
 from latent_egc.config import ConfigError, DataConfig
 from latent_egc.data.latent_cache import content_digest
-from latent_egc.data.sources import ImageTable, load_splits
+from latent_egc.measuring.context import StudyContext
 from latent_egc.measuring.denoisers import Denoiser
-from latent_egc.measuring.feature_cache import FeatureCache, Rows, replace_text
+from latent_egc.measuring.feature_cache import FeatureCache, Rows
 from latent_egc.measuring.linear_probe import ProbeScore, linear_probe, standardised
-from latent_egc.measuring.probe_settings import ProbeSettings
-from latent_egc.measuring.results import Metric, bootstrapped
+from latent_egc.measuring.probe_settings import PlaceSettings
+from latent_egc.measuring.results import Metric
 
 # Keys of the data section that do not change which pixels and labels there are.
 WITHOUT_EFFECT = {"latent_cache", "num_workers", "skip_corrupt", "num_views", "random_resized_crop", "horizontal_flip"}
+CHOICE_NOTE = (
+    "Every choice (penalty, block, timestep, pooling) is made on held-out rows of the training split; accuracies are "
+    "those of the validation split. A network that was itself trained on these training rows with their labels knows "
+    "the held-out ones too: then the choice, not the accuracy, is optimistic."
+)
 
 
 @dataclass(frozen=True)
@@ -35,49 +43,54 @@ class Place:
         return f"{self.block}, timestep {self.timestep}, {self.pooling} x {self.pooling}"
 
 
-class ProbeContext:
+class ProbeContext(StudyContext):
     """A denoiser, the images it is probed with, and the settings.
 
     Args:
-        denoiser: whose features.
+        denoiser: whose features; on the accelerator's device.
         data: the dataset; its `image_size` gives way to the denoiser's. Heads train on its training split and are
             judged on its validation split.
         settings: of the probe.
+        accelerator: the processes that compute the features together.
         folder: for the feature cache.
+
+    Attributes:
+        train_labels: (N,) of the training rows.
+        cache: the features.
 
     Raises:
         ConfigError: a dataset without labels, or settings that do not fit the denoiser.
     """
 
-    def __init__(self, denoiser: Denoiser, data: DataConfig, settings: ProbeSettings, folder: Path) -> None:
-        self.denoiser, self.settings = denoiser, settings
-        self.data = dataclasses.replace(data, image_size=denoiser.image_size)
-        self.splits = load_splits(self.data, "any")
-        train = self._labelled(self.splits.train, settings.num_train_images)
-        validation = self._labelled(self.splits.validation, settings.num_images)
+    runs_on_all_processes = False
+    fewest_images = 2  # a probe fits and holds out
+
+    def __init__(
+        self, denoiser: Denoiser, data: DataConfig, settings: PlaceSettings, accelerator: Accelerator, folder: Path
+    ) -> None:
+        super().__init__(denoiser.network, denoiser.image_size, data, "any", settings, accelerator)
+        self.denoiser = denoiser
+        train = Rows(self.splits.train, self.rows_of(self.splits.train, settings.num_train_images))
         self.train_labels = self.splits.train.labels[train.rows]
-        self.labels = self.splits.validation.labels[validation.rows]
         identity = {
             "data": {key: value for key, value in dataclasses.asdict(self.data).items() if key not in WITHOUT_EFFECT},
             "content": content_digest(self.splits),
         }
-        self.cache = FeatureCache(folder, denoiser, {"train": train, "validation": validation}, settings, identity)
+        splits = {"train": train, "validation": Rows(self.splits.validation, self.rows)}
+        self.cache = FeatureCache(folder, denoiser, splits, settings, identity)
         for key, name in (("block", settings.block), *(("fusion.blocks", b) for b in settings.fusion.blocks or ())):
             if name is not None and name not in self.cache.blocks:
                 raise ConfigError(f"{key}: {name!r} is not among the blocks {', '.join(self.cache.blocks)}")
 
-    def _labelled(self, table: ImageTable, count: int | None) -> Rows:
-        rows = np.flatnonzero(table.labels >= 0)
-        if len(rows) < 2:
-            raise ConfigError(f"the {table.name} split has {len(rows)} labelled images, a probe needs at least two")
-        if count is not None and count < len(rows):
-            rows = np.sort(np.random.default_rng(self.settings.seed).choice(rows, count, replace=False))
-        return Rows(table, rows)
-
     @property
-    def class_names(self) -> list[str]:
-        """The dataset's, in the order of their ids."""
-        return self.splits.class_names
+    def fingerprint(self) -> str:
+        """See `StudyContext.fingerprint`."""
+        return self.denoiser.fingerprint
+
+    def prepare(self, suites: Sequence[str]) -> None:
+        """Computes the features that these suites read."""
+        if suites:
+            self.cache.extract(self.timesteps_of(suites), self.accelerator)
 
     def features(self, split: str, place: Place) -> np.ndarray:
         """(N, D, p, p) float32."""
@@ -134,24 +147,17 @@ class ProbeContext:
 
     @cached_property
     def place(self) -> Place:
-        """The block, timestep and pooling that the other analyses look at."""
+        """The block, timestep and pooling that the other suites look at."""
         if self.settings.pooling is not None:
             return dataclasses.replace(self._block_and_timestep, pooling=self.settings.pooling)
         return best(self.poolings)
 
-    def timesteps_of(self, analyses: list[str]) -> list[int]:
-        """The timesteps whose features these analyses read."""
+    def timesteps_of(self, suites: Sequence[str]) -> list[int]:
+        """The timesteps whose features these suites read."""
         settings, everywhere = self.settings, {"heatmap", "fusion", "cka"}
-        if settings.block is None or settings.timestep is None or everywhere.intersection(analyses):
+        if settings.block is None or settings.timestep is None or everywhere.intersection(suites):
             return list(settings.timesteps)
         return [settings.timestep]
-
-    def accuracy(self, correct: np.ndarray) -> Metric:
-        """The mean of (M,) zeros and ones with its bootstrap interval."""
-        settings = self.settings
-        return bootstrapped(
-            np.mean, correct.astype(float), num_resamples=settings.num_resamples, seed=settings.seed, percent=True
-        )
 
     def accuracy_of(self, score: ProbeScore) -> Metric:
         """A score's accuracy with its interval, which depends on the number of correct images alone."""

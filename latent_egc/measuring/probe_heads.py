@@ -1,6 +1,7 @@
 """Classification heads on frozen features, and the one loop that trains them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,9 +9,22 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from latent_egc.measuring.probe_settings import HeadsSettings
+from latent_egc.config import within
 
 NUM_HEADS = 4  # of every attention here
+
+
+@dataclass(frozen=True)
+class HeadsSettings:
+    """The heads other than the linear probe, at the chosen block, timestep and pooling."""
+
+    epochs: int = within(20, 1)
+    train_batch_size: int = within(64, 1)
+    sgd_learning_rate: float = within(0.003, 1e-9)  # of the linear head, SGD with momentum 0.9
+    learning_rate: float = within(1e-3, 1e-9)  # of the others, AdamW; both decay to 0 on a cosine
+    weight_decay: float = within(0.05, 0.0)  # AdamW's
+    width: int = within(256, 4)  # of the hidden layers and of the tokens, divisible by 4
+    neighbours: int = within(20, 1)
 
 
 def linear_head(channels: int, pooling: int, num_classes: int) -> nn.Module:

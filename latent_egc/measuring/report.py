@@ -7,23 +7,23 @@ FOLDER/report.html      all of it in one self-contained page
 
 import base64
 import json
-import os
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from latent_egc.atomic import replace_text
 from latent_egc.config import ConfigError
 from latent_egc.measuring.results import Metric, SuiteResult
 
 
 class Report:
-    """A report's folder; an earlier evaluation's finished suites are read back from it.
+    """A report's folder; an earlier study's finished suites are read back from it.
 
     Args:
         folder: where to write; made where it does not exist.
-        subject: what is evaluated (pipeline, its fingerprint, ...): plain values. A folder holds one subject's report.
+        subject: what is studied (pipeline, its fingerprint, ...): plain values. A folder holds one subject's report.
         with_data_images: whether report.html shows the pictures that hold images of the dataset.
 
     Raises:
@@ -44,18 +44,17 @@ class Report:
     def _read(self) -> None:
         """Takes over what report.json holds."""
         path = self.folder / "report.json"
-        if not path.exists():
-            return
-        try:
-            content = json.loads(path.read_text())
-            self.content = {"subject": dict(content["subject"]), "suites": dict(content["suites"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is not a report of this command: {error!r}; choose another folder") from error
+        if path.exists():
+            self.content = read_content(path)
+
+    def settings_of(self, suite: str, default: Any = None) -> Any:
+        """With what a finished suite was measured; `default` for one that is not there."""
+        record = self.content["suites"].get(suite)
+        return default if record is None else record["settings"]
 
     def holds(self, suite: str, settings: dict[str, Any]) -> bool:
         """Whether the suite was finished with these very settings."""
-        record = self.content["suites"].get(suite)
-        return record is not None and record["settings"] == _plain(settings)
+        return self.settings_of(suite) == _plain(settings)
 
     def add(
         self, suite: str, result: SuiteResult, settings: dict[str, Any], versions: dict[str, str], seconds: float
@@ -80,33 +79,12 @@ class Report:
             "settings": _plain(settings),
             "versions": versions,
         }
-        self._replace("report.json", json.dumps(self.content, indent=1))
+        replace_text(self.folder / "report.json", json.dumps(self.content, indent=1))
         self.write_html()
-
-    def _replace(self, name: str, text: str) -> None:
-        """Writes a file whole or not at all."""
-        unfinished = self.folder / f"{name}.tmp"
-        unfinished.write_text(text)
-        os.replace(unfinished, self.folder / name)
 
     def write_html(self) -> None:
         """Draws report.html from what report.json and the pictures say."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("latent_egc.measuring", "."),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        page = environment.get_template("report.html.j2").render(
-            subject=self.content["subject"],
-            suites=self.content["suites"],
-            is_shown=lambda figure: self.with_data_images or not figure.get("shows_data", True),
-            picture=lambda file: base64.b64encode((self.folder / file).read_bytes()).decode(),
-            cell=cell_text,
-            metric=read_metric,
-            is_number=lambda cell: isinstance(cell, (int, float, dict)),
-        )
-        self._replace("report.html", page)
+        replace_text(self.folder / "report.html", _page(self.content, self.folder, self.with_data_images))
 
     def table(self) -> str:
         """Every metric of every suite as lines of text."""
@@ -121,6 +99,59 @@ class Report:
             "  ".join(f"{text:{a}{w}}" for text, a, w in zip(line, aligned, widths, strict=True)).rstrip()
             for line in lines
         )
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What a report.json holds, "subject" and "suites". Raises ConfigError: it is no report."""
+    try:
+        content = json.loads(path.read_text())
+        return {"subject": dict(content["subject"]), "suites": dict(content["suites"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a report of this command: {error!r}; choose another folder") from error
+
+
+def draw_page(path: Path, with_data_images: bool = True) -> Path:
+    """Draws the page of a report, finished at whatever time, anew.
+
+    Args:
+        path: the report's folder, or its JSON file, whatever that is called. The pictures are looked for in figures/
+            beside it; those that are not there are left out.
+        with_data_images: as for `Report`.
+
+    Returns:
+        The page: beside the JSON file, under its name with the ending .html.
+
+    Raises:
+        ConfigError: no report there.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    page = path.with_suffix(".html")
+    replace_text(page, _page(read_content(path), path.parent, with_data_images))
+    return page
+
+
+def _page(content: dict[str, Any], folder: Path, with_data_images: bool) -> str:
+    """The self-contained page of a report whose pictures lie in `folder`."""
+
+    def picture(file: str) -> str | None:
+        path = folder / file
+        return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("latent_egc.measuring", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        subject=content["subject"],
+        suites=content["suites"],
+        is_shown=lambda figure: with_data_images or not figure.get("shows_data", True),
+        picture=picture,
+        cell=cell_text,
+        metric=read_metric,
+        is_number=lambda cell: isinstance(cell, (int, float, dict)),
+    )
 
 
 def _metric_record(metric: Metric) -> dict[str, Any]:

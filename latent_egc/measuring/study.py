@@ -1,55 +1,70 @@
-"""Runs suites over one pipeline and writes each into the report as soon as it is finished."""
+"""One engine, two front doors: `evaluate` judges a pipeline, `probe` a denoiser's features, suite by suite.
 
-import dataclasses
+A suite is a module with `Settings`, a dataclass or None, and `run(context, settings)`; adding one is its file and its
+line below. Each is written into the report as soon as it is finished, and not run again with the same settings.
+"""
+
 import difflib
 import hashlib
 import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from accelerate import Accelerator
 
 from latent_egc.config import ConfigError, DataConfig
-from latent_egc.data.autoencoders import fingerprint
-from latent_egc.measuring.context import EvaluationContext
+from latent_egc.measuring.context import StudyContext
+from latent_egc.measuring.denoisers import Denoiser
+from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.probe_context import ProbeContext
+from latent_egc.measuring.probe_settings import PlaceSettings
 from latent_egc.measuring.report import Report
-from latent_egc.measuring.results import SuiteResult
-from latent_egc.measuring.settings import EvaluationSettings
-from latent_egc.measuring.suites.calibration import evaluate_calibration
-from latent_egc.measuring.suites.classification import evaluate_classification
-from latent_egc.measuring.suites.corruption import evaluate_corruption
-from latent_egc.measuring.suites.generation import evaluate_generation
-from latent_egc.measuring.suites.likelihood import evaluate_likelihood
-from latent_egc.measuring.suites.ood import evaluate_ood
+from latent_egc.measuring.settings import StudySettings, with_sections
+from latent_egc.measuring.suites import (
+    calibration,
+    cka,
+    classification,
+    comparison,
+    corruption,
+    few_shot,
+    fusion,
+    generation,
+    heads,
+    heatmap,
+    likelihood,
+    ood,
+    pooling,
+    robustness,
+)
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import resolve_pipeline
 
-
-def _evaluate_robustness(context: EvaluationContext) -> SuiteResult:
-    # Only here: the library of attacks takes seconds to import, and the other suites do without it.
-    try:
-        from latent_egc.measuring.suites.robustness import evaluate_robustness
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
-        ) from error
-    return evaluate_robustness(context)
-
-
-SUITES: dict[str, Callable[[EvaluationContext], SuiteResult]] = {
-    "classification": evaluate_classification,
-    "calibration": evaluate_calibration,
-    "generation": evaluate_generation,
-    "robustness": _evaluate_robustness,
-    "corruption": evaluate_corruption,
-    "ood": evaluate_ood,
-    "likelihood": evaluate_likelihood,
+EVALUATION = {
+    "classification": classification,
+    "calibration": calibration,
+    "generation": generation,
+    "robustness": robustness,
+    "corruption": corruption,
+    "ood": ood,
+    "likelihood": likelihood,
 }
+PROBING = {
+    "heatmap": heatmap,
+    "pooling": pooling,
+    "heads": heads,
+    "cka": cka,
+    "fusion": fusion,
+    "few_shot": few_shot,
+    "comparison": comparison,
+}
+EvaluationSettings = with_sections("EvaluationSettings", StudySettings, EVALUATION)
+ProbeSettings = with_sections("ProbeSettings", PlaceSettings, PROBING)
 PACKAGES = (
     "latent-egc",
     "torch",
@@ -70,7 +85,7 @@ def evaluate(
     data: DataConfig,
     suites: Sequence[str],
     folder: str | Path,
-    settings: EvaluationSettings | None = None,
+    settings: StudySettings | None = None,
     name: str = "pipeline",
     accelerator: Accelerator | None = None,
     with_data_images: bool = True,
@@ -80,9 +95,9 @@ def evaluate(
     Args:
         pipeline: what is judged.
         data: the dataset; its `image_size` gives way to the pipeline's.
-        suites: names, see `SUITES`. Those that the folder's report holds with the same settings are not run again.
+        suites: names, see `EVALUATION`. Those that the folder's report holds with the same settings are not run again.
         folder: for report.json, report.html and figures/.
-        settings: of the suites; None: the defaults.
+        settings: `EvaluationSettings`; None: the defaults.
         name: what the report calls the pipeline, its path for example.
         accelerator: the processes that share the work; None: those that a launcher started, or this one.
         with_data_images: whether report.html shows the pictures that hold images of the dataset.
@@ -93,53 +108,94 @@ def evaluate(
     Raises:
         ConfigError: an unknown suite, a dataset that does not fit the pipeline, a setting that cannot be used.
     """
-    for suite in suites:
-        if suite not in SUITES:
-            close = difflib.get_close_matches(suite, SUITES, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SUITES)}"
-            raise ConfigError(f"unknown suite {suite!r}; {hint}")
-    settings = settings or EvaluationSettings()
-    accelerator = accelerator or Accelerator()
+    chosen, accelerator = _chosen(suites, EVALUATION), accelerator or Accelerator()
     pipeline.to(accelerator.device)
     pipeline.energy_model.eval()
-    report = Report(Path(folder), _subject(name, pipeline, data, accelerator), with_data_images)
-    context = EvaluationContext(pipeline, data, settings, accelerator)
-    for suite in dict.fromkeys(suites):
-        # The images decide every suite's numbers, so they are among its settings; so does what named files hold.
-        suite_settings = settings.of_suite(suite)
-        suite_settings |= {"data": dataclasses.asdict(context.data), "files": _digests(suite_settings[suite])}
-        finished = report.holds(suite, suite_settings)
-        accelerator.wait_for_everyone()  # no process looks after the main one has written
-        if finished:
+    context = EvaluationContext(pipeline, data, settings or EvaluationSettings(), accelerator)
+    return _study(context, chosen, Path(folder), name, with_data_images)
+
+
+def probe(
+    denoiser: Denoiser,
+    data: DataConfig,
+    suites: Sequence[str],
+    folder: str | Path,
+    settings: PlaceSettings | None = None,
+    accelerator: Accelerator | None = None,
+) -> Report:
+    """Measures what a frozen denoiser's features know of a dataset's classes.
+
+    Args:
+        denoiser: on the accelerator's device.
+        data: the dataset; its `image_size` gives way to the denoiser's.
+        suites: names, see `PROBING`. Those that the folder's report holds with the same settings are not run again.
+        folder: for report.json, report.html, figures/ and the feature cache, features/.
+        settings: `ProbeSettings`; None: the defaults.
+        accelerator: the processes that compute the features together; the suites are the main one's.
+
+    Returns:
+        The report, as it stands in `folder`; in the other processes, as it stood before.
+
+    Raises:
+        ConfigError: an unknown suite, a dataset without labels, a setting that cannot be used.
+    """
+    chosen, accelerator = _chosen(suites, PROBING), accelerator or Accelerator()
+    features = Path(folder) / "features"
+    context = ProbeContext(denoiser, data, settings or ProbeSettings(), accelerator, features)
+    return _study(context, chosen, Path(folder), denoiser.source or type(denoiser.network).__name__)
+
+
+def _chosen(names: Sequence[str], suites: Mapping[str, ModuleType]) -> dict[str, ModuleType]:
+    for name in names:
+        if name not in suites:
+            close = difflib.get_close_matches(name, suites, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(suites)}"
+            raise ConfigError(f"unknown suite {name!r}; {hint}")
+    return {name: suites[name] for name in names}
+
+
+def _study(
+    context: StudyContext, suites: dict[str, ModuleType], folder: Path, name: str, with_data_images: bool = True
+) -> Report:
+    """Runs what the folder's report does not hold yet, each suite into the report as soon as it is finished."""
+    accelerator = context.accelerator
+    report = Report(folder, context.subject(name), with_data_images)
+    wanted = {suite: _suite_settings(context, suite) for suite in suites}
+    missing = [suite for suite in suites if not report.holds(suite, wanted[suite])]
+    accelerator.wait_for_everyone()  # no process looks after the main one has written
+    context.prepare(missing)
+    if not (context.runs_on_all_processes or accelerator.is_main_process):
+        return report
+    for suite, module in suites.items():
+        if suite not in missing:
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
-        # What a stopped suite left is used again by the same pipeline with the same settings alone.
-        origin = json.dumps([report.content["subject"]["fingerprint"], suite_settings], sort_keys=True)
-        unfinished = report.folder / f"unfinished_{suite}"
+        if "noise" in wanted[suite] and "noise" not in report.settings_of(suite, default={"noise"}):
+            accelerator.print(f"{suite}: begun under an earlier rule of noise, measured anew")
+        # What a stopped suite left is used again by the same subject with the same settings alone.
+        origin = json.dumps([report.content["subject"]["fingerprint"], wanted[suite]], sort_keys=True)
+        unfinished = folder / f"unfinished_{suite}"
         context.parts = unfinished / hashlib.sha256(origin.encode()).hexdigest()[:16]
         start = time.perf_counter()
-        result = SUITES[suite](context)
+        result = module.run(context, None if module.Settings is None else getattr(context.settings, suite))
         seconds = time.perf_counter() - start
         if accelerator.is_main_process:
-            report.add(suite, result, suite_settings, _versions(), seconds)
+            report.add(suite, result, wanted[suite], _versions(), seconds)
             shutil.rmtree(unfinished, ignore_errors=True)
         accelerator.print(f"{suite}: {result.num_samples} samples, {seconds:.1f} s")
-        accelerator.wait_for_everyone()
     if accelerator.is_main_process and report.content["suites"]:
         report.write_html()  # also where nothing was measured: the pictures that are shown may be others
+    if context.runs_on_all_processes:
+        accelerator.wait_for_everyone()
     return report
 
 
-def _subject(name: str, pipeline: EGCPipeline, data: DataConfig, accelerator: Accelerator) -> dict[str, Any]:
-    model = pipeline.energy_model
-    return {
-        "pipeline": name,
-        "fingerprint": f"{fingerprint(model)} with {fingerprint(pipeline.vae)}",
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "images": f"{pipeline.image_size} x {pipeline.image_size} px",
-        "dataset": f"{data.dataset}, validation split",
-        "device": f"{accelerator.num_processes} process(es) on {accelerator.device.type}",
-    }
+def _suite_settings(context: StudyContext, suite: str) -> dict[str, Any]:
+    """What a suite's numbers depend on: its settings, the images, and the contents of the files that it names."""
+    values = context.settings.of_suite(suite)
+    section = values.get(suite)
+    files = _digests(section) if isinstance(section, dict) else {}
+    return values | context.identity() | ({"files": files} if files else {})
 
 
 def _digests(section: dict[str, Any]) -> dict[str, str]:
@@ -155,13 +211,11 @@ def _digests(section: dict[str, Any]) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    installed = {name: metadata.version(name) for name in PACKAGES if _is_installed(name)}
-    return {"python": platform.python_version(), **installed}
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    """Of Python and of the installed packages that numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # one of an extra
+    return versions

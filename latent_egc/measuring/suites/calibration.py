@@ -3,16 +3,26 @@
 The temperature (Guo et al., ICML 2017) is fitted on one part of the images; every number is of the other part.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.optimize
 import torch
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from latent_egc.config import ConfigError
+from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
-from latent_egc.measuring.context import EvaluationContext
+from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Calibration before and after temperature scaling."""
+
+    num_bins: int = within(15, 1)  # of equal width, for the expected calibration error and the diagram
+    fit_fraction: float = within(0.5, 0.01, 0.99)  # share of the images that the temperature is fitted on
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -56,14 +66,14 @@ def reliability_bins(
     return means[0], means[1], count
 
 
-def evaluate_calibration(context: EvaluationContext) -> SuiteResult:
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """NLL, Brier score, ECE and reliability diagram, before and after temperature scaling.
 
     Raises:
         ConfigError: a model without classes, or too few images to hold some out.
     """
     context.require_classes("calibration")
-    settings, labels = context.settings.calibration, context.labels
+    labels = context.labels
     order = np.random.default_rng(context.settings.seed).permutation(len(labels))
     num_fitted = round(settings.fit_fraction * len(labels))
     if not 0 < num_fitted < len(labels):

@@ -1,11 +1,21 @@
-"""Analysis `cka`: how alike are the features of two blocks, or of one block at two timesteps?"""
+"""Suite `cka`: how alike are the features of two blocks, or of one block at two timesteps?"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from latent_egc.config import ConfigError
+from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.probe_context import Place, ProbeContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Linear centred kernel alignment."""
+
+    num_images: int = within(500, 3)  # of the validation rows; memory is this squared times blocks, in float32
+    pooling: int = within(2, 1)
 
 
 def linear_cka(features: list[np.ndarray]) -> np.ndarray:
@@ -33,17 +43,17 @@ def linear_cka(features: list[np.ndarray]) -> np.ndarray:
     return stacked @ stacked.T
 
 
-def analyse_cka(context: ProbeContext) -> SuiteResult:
+def run(context: ProbeContext, settings: Settings) -> SuiteResult:
     """CKA among the blocks at the chosen timestep, and among the timesteps at the chosen block.
 
     Raises:
         ConfigError: too few images.
     """
-    settings, chosen = context.settings, context.place
-    count = min(settings.cka.num_images, len(context.labels))
+    chosen = context.place
+    count = min(settings.num_images, len(context.labels))
     if count < 3:
         raise ConfigError(f"cka needs at least three validation images, got {count}")
-    blocks, timesteps, p = context.cache.blocks, settings.timesteps, settings.cka.pooling
+    blocks, timesteps, p = context.cache.blocks, context.settings.timesteps, settings.pooling
 
     def among(places: list[Place]) -> np.ndarray:
         return linear_cka([context.features("validation", place)[:count] for place in places])

@@ -1,12 +1,22 @@
 """Suite `classification`: accuracy at timestep 0, by class, and at every noise level."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from latent_egc.config import within
 from latent_egc.measuring import plots
-from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Accuracy at timestep 0, and against the noise level."""
+
+    num_timesteps: int = within(20, 2)  # points of the noise curve, evenly over [0, T)
 
 
 def in_top_k(logits: torch.Tensor, labels: np.ndarray, k: int) -> np.ndarray:
@@ -14,7 +24,7 @@ def in_top_k(logits: torch.Tensor, labels: np.ndarray, k: int) -> np.ndarray:
     return (logits.topk(k, dim=1).indices == torch.from_numpy(labels)[:, None]).any(dim=1).double().numpy()
 
 
-def evaluate_classification(context: EvaluationContext) -> SuiteResult:
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """Top-1 and top-5 accuracy, per class, confusion matrix, accuracy against noise level.
 
     Raises:
@@ -23,13 +33,13 @@ def evaluate_classification(context: EvaluationContext) -> SuiteResult:
     context.require_classes("classification")
     logits, labels, names = context.logits, context.labels, context.class_names
     correct = in_top_k(logits, labels, 1)
-    metrics = {"top-1 accuracy": context.with_interval(np.mean, correct, percent=True)}
+    metrics = {"top-1 accuracy": context.accuracy(correct)}
     if len(names) > 5:
-        metrics["top-5 accuracy"] = context.with_interval(np.mean, in_top_k(logits, labels, 5), percent=True)
+        metrics["top-5 accuracy"] = context.accuracy(in_top_k(logits, labels, 5))
     confusion = multiclass_confusion_matrix(logits, torch.from_numpy(labels), len(names)).numpy()
     figures = [
         Figure("confusion", "Confusion matrix at timestep 0.", plots.confusion_matrix(confusion, names)),
-        _noise_curve(context, metrics["top-1 accuracy"]),
+        _noise_curve(context, settings, metrics["top-1 accuracy"]),
     ]
     return SuiteResult(
         num_samples=len(labels),
@@ -48,7 +58,7 @@ def _class_table(context: EvaluationContext, confusion: np.ndarray, correct: np.
         if len(own) == 0:
             rows.append([name, 0, None, None, None, None])
             continue
-        recall = context.with_interval(np.mean, own, percent=True)
+        recall = context.accuracy(own)
         predicted = confusion[:, i].sum()
         precision = Metric(confusion[i, i] / predicted, percent=True) if predicted else None
         others = np.where(np.arange(len(confusion)) == i, 0, confusion[i])
@@ -58,13 +68,13 @@ def _class_table(context: EvaluationContext, confusion: np.ndarray, correct: np.
     return Table("By class", columns, rows)
 
 
-def _noise_curve(context: EvaluationContext, clean: Metric) -> Figure:
+def _noise_curve(context: EvaluationContext, settings: Settings, clean: Metric) -> Figure:
     """Top-1 accuracy of noised latents at each timestep of a grid; the noise of an image is the same at all of them."""
-    count, num_timesteps = context.settings.classification.num_timesteps, context.model.config.num_train_timesteps
-    timesteps = np.unique(np.linspace(0, num_timesteps - 1, count).round().astype(int)).tolist()
+    last = context.model.config.num_train_timesteps - 1
+    timesteps = np.unique(np.linspace(0, last, settings.num_timesteps).round().astype(int)).tolist()
     accuracies = []
     for timestep in timesteps:
-        _, logits = context.energies_and_logits(context.latents, timestep, noised=True)
+        _, logits = context.energies_and_logits(context.latents, timestep, context.rows)
         accuracies.append(context.with_interval(np.mean, in_top_k(logits, context.labels, 1)))
     name = "noised latents"
     return Figure(
@@ -76,7 +86,7 @@ def _noise_curve(context: EvaluationContext, clean: Metric) -> Figure:
             "timestep",
             "top-1 accuracy",
             (0, 1.02),
-            {name: tuple(zip(*(metric.interval or (metric.value,) * 2 for metric in accuracies), strict=True))},
+            {name: band(accuracies)},
             (clean.value, "clean latents at timestep 0"),
         ),
     )

@@ -5,27 +5,36 @@ Source: Hendrycks and Dietterich (ICLR 2019); the corruptions are in `corruption
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from latent_egc.config import within
 from latent_egc.data.views import central_view
 from latent_egc.measuring import plots
-from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.corruptions import CATEGORIES, FUNCTIONS, SEVERITIES, corrupt, published_side
+from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 
 
-def evaluate_corruption(context: EvaluationContext) -> SuiteResult:
+@dataclass(frozen=True)
+class Settings:
+    """The 15 common corruptions at 5 severities."""
+
+    num_images: int | None = within(200, 1)  # each is encoded and classified 76 times; null: all
+
+
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """Error without corruption, by corruption and severity, and its mean over all of them.
 
     Raises:
         ConfigError: a model without classes.
     """
     context.require_classes("corruption")
-    positions = context.choose(np.arange(len(context.rows)), context.settings.corruption.num_images)
+    positions = context.choose(np.arange(len(context.rows)), settings.num_images)
     rows, labels = context.rows[positions], context.labels[positions, None]
     clean = _predictions(context, rows, lambda row, pixels: [pixels], "no corruption") != labels
     wrong = [
@@ -38,7 +47,7 @@ def evaluate_corruption(context: EvaluationContext) -> SuiteResult:
 
     def mean_error(errors: np.ndarray) -> Metric:
         # Images are what is resampled, each with all of its corruptions.
-        return context.with_interval(np.mean, errors.reshape(len(errors), -1).mean(axis=1), percent=True)
+        return context.accuracy(errors.reshape(len(errors), -1).mean(axis=1))
 
     metrics = {"mean error": mean_error(wrong), "error without corruption": mean_error(clean)}
     metrics |= {f"mean error, {kind}": mean_error(errors) for kind, errors in by_kind.items()}

@@ -1,4 +1,4 @@
-"""Analysis `fusion`: several blocks and timesteps at once, by concatenation, by attention, and by feedback.
+"""Suite `fusion`: several blocks and timesteps at once, by concatenation, by attention, and by feedback.
 
 DifFormer attends over the features of several blocks and timesteps. DifFeed runs the network twice: in the second pass
 each level on the way down receives what that level gave on the way up in the first, through small convolutions that
@@ -11,18 +11,31 @@ Source: Mukhopadhyay et al., arXiv 2311.17921.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latent_egc.config import within
 from latent_egc.measuring.denoisers import Denoiser
 from latent_egc.measuring.linear_probe import linear_probe
-from latent_egc.measuring.probe_context import Place, ProbeContext
+from latent_egc.measuring.probe_context import CHOICE_NOTE, Place, ProbeContext
 from latent_egc.measuring.probe_heads import FusionHead, predict, train_head
 from latent_egc.measuring.results import SuiteResult
-from latent_egc.measuring.suites.heatmap import CHOICE_NOTE
+
+
+@dataclass(frozen=True)
+class Settings:
+    """DifFormer and DifFeed; their heads train with the settings of `heads`."""
+
+    blocks: tuple[str, ...] | None = None  # null: the num_blocks best of the heat map
+    timesteps: tuple[int, ...] | None = None  # null: the num_timesteps best of the heat map
+    num_blocks: int = within(3, 1)
+    num_timesteps: int = within(3, 1)
+    feedback_epochs: int = within(0, 0)  # of DifFeed, two passes of the network a batch; 0: no DifFeed
+    feedback_images: int | None = within(None, 1)  # training rows of DifFeed; null: all
 
 
 class DifFeed(nn.Module):
@@ -78,33 +91,32 @@ def _feedback(channels_in: int, channels_out: int) -> nn.Module:
     return nn.Sequential(first, nn.BatchNorm2d(channels_out), nn.ReLU(), last)
 
 
-def analyse_fusion(context: ProbeContext) -> SuiteResult:
+def run(context: ProbeContext, settings: Settings) -> SuiteResult:
     """The linear probe of concatenated features, DifFormer, and with `fusion.feedback_epochs` DifFeed."""
-    settings, seed = context.settings, context.settings.seed
-    blocks, timesteps = chosen_sources(context)
+    heads, seed = context.settings.heads, context.settings.seed
+    blocks, timesteps = chosen_sources(context, settings)
     p = context.place.pooling
     places = [Place(block, t, p) for t in timesteps for block in blocks]
     pairs = [context.standardised(place) for place in places]
     train, validation = ([arrays[i] for arrays in pairs] for i in (0, 1))
 
-    _, joined = linear_probe(
-        _flattened(train), context.train_labels, _flattened(validation), context.labels, settings.linear, seed
-    )
+    config, flat = context.settings.linear, [_flattened(arrays) for arrays in (train, validation)]
+    _, joined = linear_probe(flat[0], context.train_labels, flat[1], context.labels, config, seed)
     torch.manual_seed(seed)
     device, num_classes = context.denoiser.network.device, len(context.class_names)
     shapes = [array.shape[1:3] for array in train[: len(blocks)]]
-    head = FusionHead(shapes, len(timesteps), num_classes, settings.heads.width).to(device)
+    head = FusionHead(shapes, len(timesteps), num_classes, heads.width).to(device)
     labels = torch.from_numpy(context.train_labels)
-    train_head(head, [torch.from_numpy(x) for x in train], labels, settings.heads, seed)
-    attended = predict(head, [torch.from_numpy(x) for x in validation], settings.heads.train_batch_size).numpy()
+    train_head(head, [torch.from_numpy(x) for x in train], labels, heads, seed)
+    attended = predict(head, [torch.from_numpy(x) for x in validation], heads.train_batch_size).numpy()
 
     predictions = {"concatenation, linear probe": joined, "DifFormer": attended}
     notes = [CHOICE_NOTE, f"Blocks {', '.join(blocks)}; timesteps {', '.join(map(str, timesteps))}; {p} x {p}."]
-    if settings.fusion.feedback_epochs > 0:
+    if settings.feedback_epochs > 0:
         t = context.place.timestep
-        predictions[f"DifFeed at timestep {t}"], count = _diff_feed(context, blocks, t)
+        predictions[f"DifFeed at timestep {t}"], count = _diff_feed(context, settings, blocks, t)
         notes.append(
-            f"DifFeed: the same blocks at timestep {t} alone, {settings.fusion.feedback_epochs} epochs of {count} rows."
+            f"DifFeed: the same blocks at timestep {t} alone, {settings.feedback_epochs} epochs of {count} rows."
         )
     return SuiteResult(
         num_samples=len(context.labels),
@@ -113,9 +125,9 @@ def analyse_fusion(context: ProbeContext) -> SuiteResult:
     )
 
 
-def chosen_sources(context: ProbeContext) -> tuple[list[str], list[int]]:
+def chosen_sources(context: ProbeContext, settings: Settings) -> tuple[list[str], list[int]]:
     """Blocks and timesteps to join: as set, or each one's best cell of the heat map decides, on held-out rows."""
-    fusion, scores = context.settings.fusion, context.scores
+    scores = context.scores
 
     def top(values: Sequence, count: int, attribute: str) -> list:
         def highest(value: object) -> float:
@@ -124,8 +136,8 @@ def chosen_sources(context: ProbeContext) -> tuple[list[str], list[int]]:
         taken = sorted(values, key=highest, reverse=True)[:count]
         return [value for value in values if value in taken]  # in the network's order
 
-    blocks = fusion.blocks or top(context.cache.blocks, fusion.num_blocks, "block")
-    timesteps = fusion.timesteps or top(context.settings.timesteps, fusion.num_timesteps, "timestep")
+    blocks = settings.blocks or top(context.cache.blocks, settings.num_blocks, "block")
+    timesteps = settings.timesteps or top(context.settings.timesteps, settings.num_timesteps, "timestep")
     return list(blocks), list(timesteps)
 
 
@@ -133,33 +145,27 @@ def _flattened(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-def _diff_feed(context: ProbeContext, blocks: list[str], timestep: int) -> tuple[np.ndarray, int]:
+def _diff_feed(context: ProbeContext, settings: Settings, blocks: list[str], timestep: int) -> tuple[np.ndarray, int]:
     """Predicted labels (M,) of the validation rows, and the number of training rows."""
-    settings, denoiser, cache = context.settings, context.denoiser, context.cache
+    heads, batch_size, seed = context.settings.heads, context.settings.batch_size, context.settings.seed
+    denoiser, cache = context.denoiser, context.cache
     means, deviations = {}, {}
     for block in blocks:
         features = torch.from_numpy(cache.features("train", timestep, block, context.place.pooling))
         means[block], deviations[block] = features.mean(dim=0), features.std(dim=0) + 1e-6
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     shapes = [(len(mean), mean.shape[-1]) for mean in means.values()]
-    head = FusionHead(shapes, 1, len(context.class_names), settings.heads.width)
+    head = FusionHead(shapes, 1, len(context.class_names), heads.width)
     model = DifFeed(denoiser, timestep, means, deviations, head).to(denoiser.network.device)
 
     def noised(split: str) -> torch.Tensor:
         latents, noise = cache.latents(split), cache.noise(split, cache.splits[split].rows)
         device = denoiser.alphas_cumprod.device
-        return torch.cat(
-            [
-                denoiser.noised(clean.to(device), draw.to(device), timestep).cpu()
-                for clean, draw in zip(
-                    latents.split(settings.batch_size), noise.split(settings.batch_size), strict=True
-                )
-            ]
-        )
+        batches = zip(latents.split(batch_size), noise.split(batch_size), strict=True)
+        return torch.cat([denoiser.noised(z.to(device), eps.to(device), timestep).cpu() for z, eps in batches])
 
-    rows = torch.randperm(len(context.train_labels), generator=torch.Generator().manual_seed(settings.seed))
-    rows = rows[: settings.fusion.feedback_images]
+    rows = torch.randperm(len(context.train_labels), generator=torch.Generator().manual_seed(seed))
+    rows = rows[: settings.feedback_images]
     labels = torch.from_numpy(context.train_labels)[rows]
-    epochs = settings.fusion.feedback_epochs
-    train_head(model, [noised("train")[rows]], labels, settings.heads, settings.seed, epochs=epochs)
-    return predict(model, [noised("validation")], settings.batch_size).numpy(), len(rows)
+    train_head(model, [noised("train")[rows]], labels, heads, seed, epochs=settings.feedback_epochs)
+    return predict(model, [noised("validation")], batch_size).numpy(), len(rows)

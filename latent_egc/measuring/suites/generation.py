@@ -5,6 +5,7 @@ images that only went through the autoencoder say what the autoencoder costs.
 """
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import einops
@@ -15,11 +16,11 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from latent_egc.config import ConfigError
+from latent_egc.config import ConfigError, within
 from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import plots
-from latent_egc.measuring.context import EvaluationContext
+from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.feature_extractors import (
     Extractor,
     frechet_distance,
@@ -31,16 +32,32 @@ from latent_egc.measuring.feature_extractors import (
 )
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
 
+
+@dataclass(frozen=True)
+class Settings:
+    """Samples against the training split."""
+
+    features: tuple[str, ...] = ()  # TorchScript files, DINOv2 of transformers (Hub id or folder), or inception
+    judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
+    num_samples: int = within(1000, 5)
+    num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
+    num_judge_images: int = within(1000, 10)  # training images for the linear judge
+    num_inference_steps: int = within(50, 1)
+    guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
+    kid_subsets: int = within(100, 1)
+    kid_subset_size: int = within(1000, 2)
+
+
 SHOWN_CLASSES, SHOWN_PER_CLASS, SHOWN_NEIGHBOURS = 10, 8, 5
 
 
-def evaluate_generation(context: EvaluationContext) -> SuiteResult:
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """FD, KID, precision and recall by every extractor; class agreement; a grid; nearest training neighbours.
 
     Raises:
         ConfigError: no extractor, weights that cannot be loaded, or a judge of other classes.
     """
-    settings, device = context.settings.generation, context.accelerator.device
+    device = context.accelerator.device
     if not settings.features:
         raise ConfigError(
             "generation.features must name at least one extractor: a TorchScript file, images (N, 3, H, W) in [0, 1] "
@@ -51,11 +68,11 @@ def evaluate_generation(context: EvaluationContext) -> SuiteResult:
     train = context.splits.train
     reference = context.choose(np.arange(len(train)), settings.num_reference_images)
 
-    labels = _requested_labels(context)
-    samples = sample_images(context, labels)
+    labels = _requested_labels(context, settings)
+    samples = sample_images(context, settings, labels)
     decoded = _reconstructed(context, context.splits.validation, context.rows)
     metrics: dict[str, Metric] = {}
-    notes = [_how_sampled(context, len(samples), len(reference))]
+    notes = [_how_sampled(context, settings, len(samples), len(reference))]
     pictures = []
     for number, extractor in enumerate(extractors):
         real = _features_of_split(context, extractor, train, reference)
@@ -69,7 +86,7 @@ def evaluate_generation(context: EvaluationContext) -> SuiteResult:
                 )
                 warnings.warn(message, stacklevel=2)
                 notes.append(message + ".")
-        metrics |= _distances(context, extractor.name, real, generated)
+        metrics |= _distances(context, settings, extractor.name, real, generated)
         metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = Metric(
             frechet_distance(real, floor)
         )
@@ -79,7 +96,7 @@ def evaluate_generation(context: EvaluationContext) -> SuiteResult:
         if number == 0:
             pictures.append(_neighbours(context, extractor, samples, generated, real, reference))
     if labels is not None:
-        metrics |= _agreement(context, extractors[0], judge, samples, labels, decoded, notes)
+        metrics |= _agreement(context, settings, extractors[0], judge, samples, labels, decoded, notes)
     return SuiteResult(len(samples), metrics, figures=[_grid(context, samples, labels), *pictures], notes=notes)
 
 
@@ -98,16 +115,16 @@ def _load_judge(context: EvaluationContext, path: str) -> Extractor:
 # --- samples and their features -------------------------------------------------------------------------------------
 
 
-def _requested_labels(context: EvaluationContext) -> np.ndarray | None:
+def _requested_labels(context: EvaluationContext, settings: Settings) -> np.ndarray | None:
     """The class of each sample, (N,): equally many of every class; None for an unlabelled model."""
     if context.num_classes is None:
         return None
-    return np.arange(context.settings.generation.num_samples) % context.num_classes
+    return np.arange(settings.num_samples) % context.num_classes
 
 
-def sample_images(context: EvaluationContext, labels: np.ndarray | None) -> torch.Tensor:
+def sample_images(context: EvaluationContext, settings: Settings, labels: np.ndarray | None) -> torch.Tensor:
     """(N, 3, H, W) uint8; sample i starts from noise that is a function of (seed, i)."""
-    settings, pipeline = context.settings.generation, context.pipeline
+    pipeline = context.pipeline
     pipeline.set_progress_bar_config(disable=True)
 
     def sampled(positions: range) -> torch.Tensor:
@@ -165,8 +182,8 @@ def _features_of_split(
 # --- what is reported -----------------------------------------------------------------------------------------------
 
 
-def _how_sampled(context: EvaluationContext, num_samples: int, num_reference: int) -> str:
-    settings, pipeline = context.settings.generation, context.pipeline
+def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: int, num_reference: int) -> str:
+    pipeline = context.pipeline
     scale = pipeline.config.default_guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     guidance = "unguided" if context.num_classes is None else f"guidance scale {scale:g}, equally many of every class"
     return (
@@ -176,8 +193,9 @@ def _how_sampled(context: EvaluationContext, num_samples: int, num_reference: in
     )
 
 
-def _distances(context: EvaluationContext, name: str, real: np.ndarray, generated: np.ndarray) -> dict[str, Metric]:
-    settings = context.settings.generation
+def _distances(
+    context: EvaluationContext, settings: Settings, name: str, real: np.ndarray, generated: np.ndarray
+) -> dict[str, Metric]:
     kid, deviation = kernel_distance(
         real, generated, settings.kid_subsets, settings.kid_subset_size, context.settings.seed
     )
@@ -193,6 +211,7 @@ def _distances(context: EvaluationContext, name: str, real: np.ndarray, generate
 
 def _agreement(
     context: EvaluationContext,
+    settings: Settings,
     extractor: Extractor,
     judge: Extractor | None,
     samples: torch.Tensor,
@@ -210,16 +229,15 @@ def _agreement(
         name = judge.name
     else:
         train = context.splits.train
-        rows = context.choose(np.flatnonzero(train.labels >= 0), context.settings.generation.num_judge_images)
+        rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
         classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
         predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))
         name = f"logistic regression on {extractor.name}"
         notes.append(f"The judge was trained on {len(rows)} training images that went through the autoencoder.")
-    right, own_right = (predicted == labels).astype(float), (own == context.labels).astype(float)
     return {
-        f"class agreement by {name}": context.with_interval(np.mean, right, percent=True),
-        "the judge's accuracy on decoded validation images": context.with_interval(np.mean, own_right, percent=True),
+        f"class agreement by {name}": context.accuracy(predicted == labels),
+        "the judge's accuracy on decoded validation images": context.accuracy(own == context.labels),
     }
 
 

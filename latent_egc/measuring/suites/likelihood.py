@@ -10,14 +10,24 @@ Source: Song et al. (ICLR 2021), in the variables of Karras et al. (NeurIPS 2022
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from latent_egc.config import within
 from latent_egc.measuring import plots
-from latent_egc.measuring.context import EvaluationContext
+from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.results import Figure, SuiteResult
 from latent_egc.models import EnergyModel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Density of the latents."""
+
+    num_images: int | None = within(200, 2)  # null: all that are evaluated
+    num_steps: int = within(60, 1)  # of Heun's method, each one gradient and one divergence of the batch
 
 
 def epsilon_and_divergence(
@@ -84,22 +94,19 @@ def log_density(model: EnergyModel, noisy_latents: torch.Tensor, probe: torch.Te
     return prior + integral - num_dimensions * math.log(alphas[0])
 
 
-def evaluate_likelihood(context: EvaluationContext) -> SuiteResult:
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """Bits per dimension of the latents of validation images, and those of a standard normal for comparison."""
-    settings, model = context.settings.likelihood, context.model
     positions = context.choose(np.arange(len(context.rows)), settings.num_images)
-    latents, device, seed = context.latents[positions], context.accelerator.device, context.settings.seed
-    alpha, sigma = model.noise_levels(torch.tensor(0, device=device))
+    latents, rows, device = context.latents[positions], context.rows[positions], context.accelerator.device
+    _, sigma = context.model.noise_levels(torch.tensor(0, device=device))
     num_dimensions = latents[0].numel()
 
     def densities(batch: range) -> torch.Tensor:
-        clean = latents[list(batch)].to(device)
-        noise = context.noise(positions[list(batch)]).to(device)
-        streams = [np.random.default_rng([seed, int(positions[i])]) for i in batch]
-        signs = np.stack([stream.choice([-1, 1], clean.shape[1:]) for stream in streams])
-        noisy = alpha * clean + sigma * noise
+        noisy = context.noised(latents[list(batch)].to(device), rows[list(batch)], 0)
+        streams = [np.random.default_rng([context.settings.seed, int(rows[i])]) for i in batch]
+        signs = np.stack([stream.choice([-1, 1], noisy.shape[1:]) for stream in streams])
         normal = -noisy.double().square().sum(dim=(1, 2, 3)) / 2 - num_dimensions / 2 * math.log(2 * math.pi)
-        found = log_density(model, noisy, torch.from_numpy(signs).to(clean), settings.num_steps)
+        found = log_density(context.model, noisy, torch.from_numpy(signs).to(noisy), settings.num_steps)
         return torch.stack([found, normal], dim=1)
 
     log_densities = context.over_in_parts(len(latents), densities, "likelihood").numpy()

@@ -3,18 +3,27 @@
 Out-of-distribution is the positive class, and a higher score means more of it.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm.auto import tqdm
 
-from latent_egc.config import ConfigError, load_data_config
+from latent_egc.config import ConfigError, load_data_config, within
 from latent_egc.data.sources import load_splits
 from latent_egc.measuring import plots
-from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Detection of images from a second dataset."""
+
+    data: str | None = None  # YAML file whose data section describes it; its validation split is taken
+    num_images: int | None = within(None, 1)  # of it, drawn by the seed; null: all
+    timesteps: tuple[int, ...] = within((10, 50, 100, 200, 400), 0)  # noise levels at which the energy is read too
 
 
 def fpr_at_95(is_ood: np.ndarray, scores: np.ndarray) -> float:
@@ -26,13 +35,13 @@ def fpr_at_95(is_ood: np.ndarray, scores: np.ndarray) -> float:
 STATISTICS = {"AUROC": roc_auc_score, "AUPR": average_precision_score, "FPR95": fpr_at_95}
 
 
-def evaluate_ood(context: EvaluationContext) -> SuiteResult:
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """AUROC, AUPR and FPR95 of the energy, the maximum probability, and the energy at several noise levels.
 
     Raises:
         ConfigError: no second dataset, or one that cannot be loaded, or a timestep out of range.
     """
-    settings, num_timesteps = context.settings.ood, context.model.config.num_train_timesteps
+    num_timesteps = context.model.config.num_train_timesteps
     if settings.data is None:
         raise ConfigError("ood.data must name a YAML file whose data section describes a second dataset")
     if max(settings.timesteps, default=0) >= num_timesteps:
@@ -42,7 +51,8 @@ def evaluate_ood(context: EvaluationContext) -> SuiteResult:
     rows = context.choose(np.arange(len(table)), settings.num_images)
     other = context.encode(table, rows, "encode, out of distribution")
 
-    own_scores, other_scores = (_scores(context, latents) for latents in (context.latents, other))
+    own_scores = _scores(context, settings, context.latents, context.rows)
+    other_scores = _scores(context, settings, other, rows)
     is_ood = np.concatenate([np.zeros(len(context.latents)), np.ones(len(other))])
     found = {
         name: {
@@ -59,7 +69,7 @@ def evaluate_ood(context: EvaluationContext) -> SuiteResult:
         num_samples=len(is_ood),
         metrics={f"{title}, {name}": metric for name, row in found.items() for title, metric in row.items()},
         tables=[Table("Detection", ["score", *STATISTICS], [[name, *row.values()] for name, row in found.items()])],
-        figures=_figures(context, own_scores, other_scores, found),
+        figures=_figures(settings, own_scores, other_scores, found),
         notes=[
             f"{len(context.latents)} images of the pipeline's validation split against {len(other)} of {settings.data} "
             f"({data.dataset}), out-of-distribution being the positive class; by chance AUROC is 50 %, AUPR "
@@ -70,21 +80,23 @@ def evaluate_ood(context: EvaluationContext) -> SuiteResult:
     )
 
 
-def _scores(context: EvaluationContext, latents: torch.Tensor) -> dict[str, np.ndarray]:
+def _scores(
+    context: EvaluationContext, settings: Settings, latents: torch.Tensor, rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """Name -> (M,), higher = less like the pipeline's own images."""
     energy, logits = context.energies_and_logits(latents, 0)
     scores = {"energy, clean latents": energy.numpy()}
     if context.num_classes is not None:
         # In float64: in float32 every confident image would have probability 1.
         scores["maximum probability"] = 1 - logits.double().softmax(dim=1).amax(dim=1).numpy()
-    for timestep in context.settings.ood.timesteps:
-        noised, _ = context.energies_and_logits(latents, timestep, noised=True)
+    for timestep in settings.timesteps:
+        noised, _ = context.energies_and_logits(latents, timestep, rows)
         scores[f"energy at timestep {timestep}"] = noised.numpy()
     return scores
 
 
 def _figures(
-    context: EvaluationContext,
+    settings: Settings,
     own: dict[str, np.ndarray],
     other: dict[str, np.ndarray],
     found: dict[str, dict[str, Metric]],
@@ -99,7 +111,7 @@ def _figures(
                 picture,
             )
         )
-    timesteps = context.settings.ood.timesteps
+    timesteps = settings.timesteps
     if len(timesteps) > 1:
         aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]
         curve = "energy of noised latents"
@@ -109,7 +121,7 @@ def _figures(
             "timestep",
             "AUROC",
             (0, 1.02),
-            {curve: tuple(zip(*(auroc.interval or (auroc.value,) * 2 for auroc in aurocs), strict=True))},
+            {curve: band(aurocs)},
             (0.5, "chance"),
         )
         caption = "AUROC of the energy against the noise level, with 95 % intervals."

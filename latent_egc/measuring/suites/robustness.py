@@ -16,13 +16,37 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from latent_egc.config import ConfigError
+from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.attacks import Attack, Attacker, DenoisedClassifier, PixelClassifier, Threat
-from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import resolve_pipeline
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Attacks on pixels in [0, 1]; an eps in l_inf is given in 1/255."""
+
+    num_images: int = within(500, 1)
+    linf_eps_255: tuple[float, ...] = within((1.0, 2.0, 4.0, 8.0), 1e-3, 255.0)
+    l2_eps: tuple[float, ...] = within((0.25, 0.5, 1.0), 1e-3)
+    pgd_steps: int = within(20, 1)
+    pgd_restarts: int = within(2, 1)  # random starts, each on the images that still stand
+    plain: str | None = None  # pipeline or run of a plainly trained classifier, attacked alike for comparison
+    num_autoattack_images: int = within(100, 0)  # 0: no AutoAttack
+    autoattack_linf_eps_255: float = within(4.0, 1e-3, 255.0)
+    autoattack_l2_eps: float = within(0.5, 1e-3)
+    autoattack_steps: int = within(100, 1)  # of each of the two APGD
+    autoattack_queries: int = within(500, 1)  # of Square, for each image that still stands; the original has 5000
+    num_check_images: int = within(100, 1)  # for the checks of gradient masking
+    check_eps_255: float = within(4.0, 1e-3, 255.0)  # of the checks, the pictures and denoised classification
+    check_steps: tuple[int, ...] = within((1, 5, 20, 100), 1)
+    num_denoise_images: int = within(50, 1)
+    denoise_timesteps: tuple[int, ...] = within((50, 150), 0)  # (): no denoised classification
+    denoise_draws: int = within(4, 1)  # of the noise, averaged in each forward pass
+
 
 TOLERANCE = 0.02  # of accuracy, by which a check may be missed before it fails: attacks are random
 SHOWN_IMAGES = 8
@@ -51,9 +75,9 @@ class Line:
 class Trial:
     """The images under attack, which the processes share among them."""
 
-    def __init__(self, context: EvaluationContext) -> None:
-        self.context = context
-        self.positions = context.choose(np.arange(len(context.rows)), context.settings.robustness.num_images)
+    def __init__(self, context: EvaluationContext, settings: Settings) -> None:
+        self.context, self.settings = context, settings
+        self.positions = context.choose(np.arange(len(context.rows)), settings.num_images)
 
     def load(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, 3, H, W) in [0, 1] and labels (N,) of some of the evaluated images."""
@@ -101,7 +125,7 @@ def _frozen(pipelines: Iterable[EGCPipeline]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def evaluate_robustness(context: EvaluationContext) -> SuiteResult:
+def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     """FGSM, PGD and AutoAttack by norm and eps, checks of gradient masking, denoised classification under attack.
 
     Raises:
@@ -109,7 +133,7 @@ def evaluate_robustness(context: EvaluationContext) -> SuiteResult:
             classifier that does not fit.
     """
     context.require_classes("robustness")
-    settings, num_timesteps = context.settings.robustness, context.model.config.num_train_timesteps
+    num_timesteps = context.model.config.num_train_timesteps
     if max(settings.denoise_timesteps, default=0) >= num_timesteps:
         raise ConfigError(
             f"robustness.denoise_timesteps must be below {num_timesteps}, got {list(settings.denoise_timesteps)}"
@@ -118,7 +142,7 @@ def evaluate_robustness(context: EvaluationContext) -> SuiteResult:
     if settings.plain is not None:
         pipelines["plain"] = _load_plain(context, settings.plain)
     with _frozen(pipelines.values()):
-        trial = Trial(context)
+        trial = Trial(context, settings)
         attackers = {name: trial.attacker(PixelClassifier(pipeline)) for name, pipeline in pipelines.items()}
         lines = _attacked(trial, attackers)
         metrics, table = _table(context, lines)
@@ -130,7 +154,7 @@ def evaluate_robustness(context: EvaluationContext) -> SuiteResult:
             denoised_metrics, denoised_table = _denoised(trial, attackers["EGC"])
             metrics |= denoised_metrics
             tables.append(denoised_table)
-    return SuiteResult(len(trial.positions), metrics, tables, figures, _notes(context))
+    return SuiteResult(len(trial.positions), metrics, tables, figures, _notes(settings))
 
 
 def _load_plain(context: EvaluationContext, path: str) -> EGCPipeline:
@@ -153,8 +177,7 @@ def _load_plain(context: EvaluationContext, path: str) -> EGCPipeline:
     return plain
 
 
-def _notes(context: EvaluationContext) -> list[str]:
-    s = context.settings.robustness
+def _notes(s: Settings) -> list[str]:
     notes = [
         "White-box attacks end to end: pixels in [0, 1], autoencoder, classifier at timestep 0. An image that is wrong "
         "without attack counts as wrong and is not attacked.",
@@ -180,7 +203,7 @@ def _notes(context: EvaluationContext) -> list[str]:
 
 
 def _attacked(trial: Trial, attackers: dict[str, Attacker]) -> list[Line]:
-    settings = trial.context.settings.robustness
+    settings = trial.settings
     cross_entropy = "cross entropy"
     clean = {name: trial.first_success(a, [], f"{name}, no attack") == 0 for name, a in attackers.items()}
     lines = [Line("none", None, 0, 0, "", clean)]
@@ -228,7 +251,7 @@ def _table(context: EvaluationContext, lines: list[Line]) -> tuple[dict[str, Met
         count = len(next(iter(line.right.values())))
         row = [line.attack, norm, eps, line.steps, line.restarts, line.loss, count]
         for model, right in line.right.items():
-            metric = context.with_interval(np.mean, right.astype(float), percent=True)
+            metric = context.accuracy(right)
             metrics[f"{model}, {name or f'{line.attack} {threat}'}"] = metric
             row += [metric, metric.interval_text]
         rows.append(row)
@@ -248,11 +271,11 @@ def _curves(context: EvaluationContext, lines: list[Line]) -> list[Figure]:
         series, bands = {}, {}
         for model, attack in itertools.product(lines[0].right, dict.fromkeys(line.attack for line in own)):
             right = [lines[0].right[model], *(line.right[model] for line in own if line.attack == attack)]
-            points = [context.with_interval(np.mean, r.astype(float), percent=True) for r in right]
+            points = [context.accuracy(r) for r in right]
             name = f"{model}, {attack}"
             series[name] = [point.value for point in points]
             if attack != "FGSM":
-                bands[name] = tuple(zip(*(point.interval or (point.value,) * 2 for point in points), strict=True))
+                bands[name] = band(points)
         picture = plots.lines(eps, series, f"eps in {norm}{unit}", "accuracy", (-0.02, 1.02), bands)
         caption = f"Accuracy against the size of the attack in {norm}, with 95 % intervals of PGD."
         figures.append(Figure(f"accuracy_{norm}", caption, picture))
@@ -264,7 +287,7 @@ def _pictures(trial: Trial, attackers: dict[str, Attacker], right: np.ndarray) -
     candidates = trial.positions[right]
     if len(candidates) == 0:
         return []
-    settings = trial.context.settings.robustness
+    settings = trial.settings
     threat = Threat("l_inf", settings.check_eps_255 / 255)
     chosen = np.unique(np.linspace(0, len(candidates) - 1, SHOWN_IMAGES).round().astype(int))
     images, labels = trial.load(candidates[chosen])
@@ -290,7 +313,7 @@ def _pictures(trial: Trial, attackers: dict[str, Attacker], right: np.ndarray) -
 
 def _checks(trial: Trial, attackers: dict[str, Attacker]) -> Table:
     """What attacks on a classifier with honest gradients must show, and whether they do."""
-    settings, attacker = trial.context.settings.robustness, attackers["EGC"]
+    settings, attacker = trial.settings, attackers["EGC"]
     threat, count = Threat("l_inf", settings.check_eps_255 / 255), min(settings.num_check_images, len(trial.positions))
     steps = settings.pgd_steps
 
@@ -339,7 +362,7 @@ def _check(expected: str, found: dict[str, float], passed: bool) -> list[str]:
 
 def _denoised(trial: Trial, undefended: Attacker) -> tuple[dict[str, Metric], Table]:
     """Classifying what the network itself denoised, attacked through the denoising with the noise averaged out."""
-    context, settings = trial.context, trial.context.settings.robustness
+    context, settings = trial.context, trial.settings
     threat, count = Threat("l_inf", settings.check_eps_255 / 255), settings.num_denoise_images
     attackers = {"not denoised": undefended} | {
         f"denoised from timestep {t}": trial.attacker(DenoisedClassifier(context.pipeline, t, settings.denoise_draws))
@@ -355,7 +378,7 @@ def _denoised(trial: Trial, undefended: Attacker) -> tuple[dict[str, Metric], Ta
             (name, [partial(attacker.pgd, threat=threat, num_steps=settings.pgd_steps)]),
         ):
             right = trial.first_success(attacker, attacks, f"{defence}, {how}", count) == len(attacks)
-            metric = context.with_interval(np.mean, right.astype(float), percent=True)
+            metric = context.accuracy(right)
             row += [metric, metric.interval_text]
         metrics[f"EGC {defence}, {name}"] = metric
         rows.append(row)

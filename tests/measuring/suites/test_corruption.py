@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from PIL import Image
+from tiny_studies import measure
 
 from latent_egc.config import ConfigError
 from latent_egc.data.views import central_view
 from latent_egc.measuring import corruptions
 from latent_egc.measuring.corruptions import FUNCTIONS, PARAMETERS, SEVERITIES, corrupt, published_side
-from latent_egc.measuring.suites.corruption import evaluate_corruption
+from latent_egc.measuring.suites import corruption
 
 GREY = np.full((64, 64, 3), 128, np.uint8)
 
@@ -194,7 +195,7 @@ def test_files_are_pillows(scene):
 
 def test_suite_by_hand(evaluation_context):
     context = evaluation_context("corruption.num_images=2")
-    result = evaluate_corruption(context)
+    result = measure(corruption, context)
     assert result.num_samples == 2
     assert [(figure.name, figure.shows_data) for figure in result.figures] == [("severity", False), ("examples", True)]
     rows = context.choose(context.rows, 2)
@@ -228,4 +229,4 @@ def test_suite_by_hand(evaluation_context):
 
 def test_unlabelled_pipelines_are_refused(evaluation_context):
     with pytest.raises(ConfigError, match="--suite corruption needs classes"):
-        evaluate_corruption(evaluation_context(num_classes=None, energy_channels=3))
+        measure(corruption, evaluation_context(num_classes=None, energy_channels=3))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from tiny_studies import measure
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3, _compute_fid
 from torchmetrics.image.inception import InceptionScore
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
@@ -18,7 +19,8 @@ from latent_egc.measuring.feature_extractors import (
     load_extractor,
     precision_and_recall,
 )
-from latent_egc.measuring.suites.generation import evaluate_generation, sample_images
+from latent_egc.measuring.suites import generation
+from latent_egc.measuring.suites.generation import sample_images
 
 CPU = torch.device("cpu")
 FAST = ["generation.num_samples=9", "generation.num_inference_steps=2", "generation.kid_subsets=3"]
@@ -207,8 +209,8 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
     context = evaluation_context(
         f"generation.features=[{extractor}]", f"generation.judge={tmp_path / 'judge.pt'}", *FAST
     )
-    result = evaluate_generation(context)
-    samples = sample_images(context, np.arange(9) % 3)
+    result = measure(generation, context)
+    samples = sample_images(context, context.settings.generation, np.arange(9) % 3)
     assert result.num_samples == 9
     train = context.splits.train
     real = Brightness()(context.pixel_values(train, range(len(train))) / 2 + 0.5).numpy()
@@ -222,7 +224,8 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
 
 def test_samples_do_not_depend_on_the_batches(evaluation_context):
     labels = np.arange(9) % 3
-    batches = [sample_images(evaluation_context(f"batch_size={size}", *FAST), labels) for size in (2, 9)]
+    contexts = [evaluation_context(f"batch_size={size}", *FAST) for size in (2, 9)]
+    batches = [sample_images(context, context.settings.generation, labels) for context in contexts]
     assert (batches[0].int() - batches[1].int()).abs().max() <= 1
 
 
@@ -230,7 +233,7 @@ def test_linear_judge_knows_brightness(evaluation_context, extractor):
     few = ["generation.num_samples=6", "num_images=5"]
     context = evaluation_context(f"generation.features=[{extractor}]", *FAST, *few)
     with pytest.warns(UserWarning, match="FD-brightness: 6 samples for 6 feature dimensions"):
-        result = evaluate_generation(context)
+        result = measure(generation, context)
     assert "class agreement by logistic regression on brightness" in result.metrics
     assert any("6 samples for 6 feature dimensions" in note for note in result.notes)
     assert any("5 validation images for 6 feature dimensions" in note for note in result.notes)
@@ -239,14 +242,14 @@ def test_linear_judge_knows_brightness(evaluation_context, extractor):
 
 def test_unlabelled_pipelines_are_sampled_without_labels(evaluation_context, extractor):
     context = evaluation_context(f"generation.features=[{extractor}]", *FAST, num_classes=None, energy_channels=3)
-    result = evaluate_generation(context)
+    result = measure(generation, context)
     assert "FD-brightness" in result.metrics
     assert not [name for name in result.metrics if "agreement" in name]
 
 
 def test_suite_errors(evaluation_context, extractor, tmp_path):
     with pytest.raises(ConfigError, match=r"generation.features must name at least one extractor"):
-        evaluate_generation(evaluation_context(*FAST))
+        measure(generation, evaluation_context(*FAST))
     context = evaluation_context(f"generation.features=[{extractor}]", f"generation.judge={extractor}", *FAST)
     with pytest.raises(ConfigError, match=r"generation.judge: .* tells 6 classes apart, the pipeline has 3"):
-        evaluate_generation(context)
+        measure(generation, context)

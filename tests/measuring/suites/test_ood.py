@@ -6,10 +6,12 @@ import sklearn.metrics
 import yaml
 from PIL import Image, ImageOps
 from tiny import write_images
+from tiny_studies import measure
 
 from latent_egc.config import ConfigError, load_data_config
 from latent_egc.data.sources import load_splits
-from latent_egc.measuring.suites.ood import evaluate_ood, fpr_at_95
+from latent_egc.measuring.suites import ood
+from latent_egc.measuring.suites.ood import fpr_at_95
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_fpr_is_scikit_learns():
 
 def test_suite_by_hand(evaluation_context, other):
     context = evaluation_context(other, "ood.timesteps=[100]")
-    result = evaluate_ood(context)
+    result = measure(ood, context)
     assert result.num_samples == 7 + 4
     energies, logits = context.energies_and_logits(context.latents, 0)
     table = load_splits(load_data_config(other.removeprefix("ood.data=")), None).validation
@@ -59,13 +61,13 @@ def test_suite_by_hand(evaluation_context, other):
 
 
 def test_unlabelled_pipelines_have_an_energy_too(evaluation_context, other):
-    result = evaluate_ood(evaluation_context(other, "ood.num_images=3", num_classes=None, energy_channels=3))
+    result = measure(ood, evaluation_context(other, "ood.num_images=3", num_classes=None, energy_channels=3))
     assert result.num_samples == 7 + 3
     assert "AUROC, maximum probability" not in result.metrics
 
 
 def test_errors(evaluation_context, other):
     with pytest.raises(ConfigError, match=r"ood.data must name a YAML file"):
-        evaluate_ood(evaluation_context())
+        measure(ood, evaluation_context())
     with pytest.raises(ConfigError, match=r"ood.timesteps must be below 1000, got \[1000\]"):
-        evaluate_ood(evaluation_context(other, "ood.timesteps=[1000]"))
+        measure(ood, evaluation_context(other, "ood.timesteps=[1000]"))
