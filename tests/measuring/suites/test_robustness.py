@@ -258,7 +258,7 @@ def test_restarts_and_several_eps_in_one_pass_are_exact(evaluation_context, line
 
 def test_suite_errors(evaluation_context, tmp_path):
     missing = tmp_path / "none"
-    with pytest.raises(ConfigError, match=rf"robustness.plain: .* scripts/train_plain_classifier.py RUN {missing}"):
+    with pytest.raises(ConfigError, match=rf"robustness.plain: .* experiments/train_plain_classifier.py RUN {missing}"):
         measure(robustness, evaluation_context(*FAST, f"robustness.plain={missing}"))
     tiny_pipeline().save_pretrained(tmp_path / "classes")
     with pytest.raises(ConfigError, match=r"robustness.plain: .* other classes"):
@@ -312,7 +312,7 @@ def test_plain_classifier_of_a_run(tmp_path, monkeypatch, capsys, pixel_space):
     config = load_config(tmp_path / "run" / "config.yaml")
     if not pixel_space:
         encode(config)
-    script = str(ROOT / "scripts" / "train_plain_classifier.py")
+    script = str(ROOT / "experiments" / "train_plain_classifier.py")
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "run"), str(tmp_path / "plain")])
     runpy.run_path(script, run_name="__main__")
     assert "validation accuracy" in capsys.readouterr().out
