@@ -1,6 +1,6 @@
 """The quickstart: train on digits, reload, sample and classify; the samples are judged by an independent classifier.
 
-    python scripts/quickstart.py            (what `make quickstart` runs)
+    python examples/quickstart.py            (what `make quickstart` runs)
 
 Writes runs/quickstart/ with samples.png and curves.png and prints test accuracy, the share of 200 guided samples that a
 support vector classifier, trained on real digits, gives the class that was asked for, and seconds.
@@ -18,6 +18,7 @@ from latent_egc import EGCPipeline
 from latent_egc.config import Config, load_config
 from latent_egc.data.latent_cache import encode
 from latent_egc.data.sources import ImageTable, load_splits
+from latent_egc.training.build import resolve_model
 from latent_egc.training.figures import sample_rows, save_grid
 from latent_egc.training.loop import train
 
@@ -38,7 +39,7 @@ def real_images(table: ImageTable) -> np.ndarray:
 def run(config: Config) -> None:
     """Everything, with a fresh run folder."""
     start = time.perf_counter()
-    encode(config)
+    encode(config.data, config.autoencoder, resolve_model(config.model)["num_classes"])
     folder = train(config)
     trained = time.perf_counter()
 

@@ -1,6 +1,6 @@
 """Do unlabelled images help to classify? Digits with 10, 30 and 100 labels in all, the rest unlabelled.
 
-    python scripts/few_labels.py            (about 35 minutes on one CPU core; goes on where it was stopped)
+    python experiments/few_labels.py            (about 35 minutes on one CPU core; goes on where it was stopped)
 
 Four classifiers see the same labels, drawn anew for each of three seeds, and are judged on 360 held-out digits:
 
@@ -13,29 +13,24 @@ Four classifiers see the same labels, drawn anew for each of three seeds, and ar
 Writes docs/few_labels.png and prints the table of docs/few_labels.md.
 """
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from sklearn.semi_supervised import LabelSpreading
 from sklearn.svm import SVC
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from latent_egc import EGCObjective, EGCTransformer
-from latent_egc.config import TrainingConfig, load_config
-from latent_egc.data.autoencoders import latents_from_moments, load_autoencoder
-from latent_egc.data.latent_cache import CachedViews, encode, open_cache
-from latent_egc.data.sources import ImageTable, keep_labels, load_splits
-from latent_egc.data.stream import BatchSchedule, TrainingSamples
-from latent_egc.objective import CompiledForward
-from latent_egc.training.loop import learning_rate_at
-from latent_egc.training.validation import evaluate, validation_latents
+from latent_egc.config import load_config
+from latent_egc.data.autoencoders import load_autoencoder
+from latent_egc.data.latent_cache import CachedViews, encode
+from latent_egc.data.sources import ImageTable, load_splits
+from latent_egc.data.views import keep_labels
+from latent_egc.training.build import build_data
+from latent_egc.training.checkpoints import read_metrics
+from latent_egc.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "few_labels"
@@ -48,30 +43,33 @@ METHODS = {
     "LabelSpreading": "LabelSpreading on pixels, all images",
 }
 CLASSIFICATION_WEIGHT = 0.1  # for a batch of labelled images, as in configs/digits.yaml
-TRAINING = TrainingConfig(
-    max_steps=1000, train_batch_size=32, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.99
+# The quickstart's data, with more augmentations of each image; only its last validation counts.
+CONFIG = load_config(
+    ROOT / "configs" / "digits.yaml",
+    [
+        f"data.latent_cache={FOLDER / 'latents'}",
+        "data.num_views=16",
+        "model={backbone: transformer, sample_size: 8, in_channels: 4, num_classes: 10, width: 64, num_layers: 4, "
+        "num_attention_heads: 4}",
+        *("training.max_steps=1000", "training.train_batch_size=32", "training.learning_rate=2e-3"),
+        *("training.lr_schedule=cosine", "training.warmup_steps=50", "training.ema_decay=0.99"),
+        *("training.validate_every=1000", "training.checkpoint_every=1000", "training.sample_every=1000"),
+        *("training.trackers=[]", "training.overwrite=true"),
+    ],
 )
-# The quickstart's data, with more augmentations of each image.
-CONFIG = load_config(ROOT / "configs" / "digits.yaml", [f"data.latent_cache={FOLDER / 'latents'}", "data.num_views=16"])
 
 
 class Experiment:
     """The cached digits, and how a network is trained on some of them.
 
     Attributes:
+        data: the cache's two splits.
         labels: (1437,) int64, all of the training labels.
     """
 
     def __init__(self) -> None:
-        self.accelerator = Accelerator(cpu=True)
-        self.vae = load_autoencoder(CONFIG.autoencoder)
-        self.cache = open_cache(CONFIG, self.vae)
-        self.labels = np.asarray(self.cache.train["label"])
-        self.validation = validation_latents(CONFIG, self.vae, self.cache.validation, self.accelerator)
-        # One network, set back to fresh weights for every training, so that its step is compiled once.
-        self.model = new_network()
-        self.objective = EGCObjective(self.model, label_smoothing=CONFIG.objective.label_smoothing)
-        self.objective.forward = CompiledForward(self.objective)
+        self.data = build_data(CONFIG.data, load_autoencoder(CONFIG.autoencoder), num_classes=10, seed=0)
+        self.labels = self.data.train.labels
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray, classification_weight: float, seed: int) -> float:
         """Trains a network and returns the accuracy of its averaged weights on the held-out digits.
@@ -82,32 +80,16 @@ class Experiment:
             classification_weight: as in `EGCObjective`; its mean is over all rows, and unlabelled ones add 0.
             seed: of the initialisation, the order, the views, the timesteps and the noise.
         """
-        set_seed(seed)
-        model = self.model.train()
-        model.load_state_dict(new_network().state_dict())
-        views = CachedViews(self.cache.train.select(images), seed)
+        views = CachedViews(self.data.train.rows.select(images), seed)
         views.labels = labels
-        samples = TrainingSamples(views, seed, (4, 8, 8), model.config.num_train_timesteps, label_drop=0.0)
-        schedule = BatchSchedule(0, TRAINING.max_steps, TRAINING.train_batch_size)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        ema = EMAModel(model.parameters(), decay=TRAINING.ema_decay)
-        for step, batch in enumerate(tqdm(DataLoader(samples, batch_sampler=schedule), desc="train", leave=False)):
-            optimizer.param_groups[0]["lr"] = learning_rate_at(step, TRAINING)
-            losses = self.objective(
-                latents_from_moments(self.vae, batch["view"], batch["posterior_noise"]),
-                batch["class_labels"],
-                latents_from_moments(self.vae, batch["clean_view"], batch["clean_posterior_noise"]),
-                noise=batch["noise"],
-                timesteps=batch["timesteps"],
-            )
-            optimizer.zero_grad()
-            # The weight stays outside the compiled step, which would be another one for each weight.
-            (losses.denoising_loss + classification_weight * losses.classification_loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.max_grad_norm)
-            optimizer.step()
-            ema.step(model.parameters())
-        ema.copy_to(model.parameters())
-        return evaluate(model.eval(), *self.validation, self.accelerator, batch_size=60)["validation_accuracy"]
+        config = replace(
+            CONFIG,
+            objective=replace(CONFIG.objective, classification_weight=classification_weight),
+            training=replace(CONFIG.training, seed=seed),
+            output_dir=str(FOLDER / "run"),
+        )
+        run = train(config, data=replace(self.data, train=views))
+        return read_metrics(run / "metrics.jsonl")[-1]["validation_accuracy"]
 
     def accuracies(self, num_labels: int, seed: int) -> dict[str, float]:
         """Accuracy of every method with the same labels."""
@@ -130,11 +112,6 @@ class Experiment:
         }
 
 
-def new_network() -> EGCTransformer:
-    """Freshly initialised."""
-    return EGCTransformer(sample_size=8, in_channels=4, num_classes=10, width=64, num_layers=4, num_attention_heads=4)
-
-
 def pixels(images: ImageTable) -> np.ndarray:
     """(M, 64) in [0, 1]."""
     return np.stack([np.asarray(images.image(i).convert("L")).ravel() / 255 for i in range(len(images))])
@@ -142,7 +119,7 @@ def pixels(images: ImageTable) -> np.ndarray:
 
 def measure() -> dict[str, dict[str, float]]:
     """Labels and seed, as "10 labels, seed 0" -> method -> accuracy; in a file, so that nothing is measured twice."""
-    encode(CONFIG)
+    encode(CONFIG.data, CONFIG.autoencoder, num_classes=10)
     experiment, file = Experiment(), FOLDER / "accuracies.json"
     measured = json.loads(file.read_text()) if file.is_file() else {}
     for seed in SEEDS:
@@ -191,6 +168,7 @@ def plot(measured: dict[str, dict[str, float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = measure()
     print(table(results))
     plot(results, ROOT / "docs" / "few_labels.png")

@@ -6,7 +6,7 @@ scaling factor; the held-out part is used for the printed numbers.
 
 Command that made the shipped weights (about five minutes on one CPU core)::
 
-    python scripts/train_digits_vae.py --output latent_egc/assets/digits_vae \
+    python experiments/train_digits_vae.py --output latent_egc/assets/digits_vae \
         --steps 800 --seed 0 --preview digits_vae_preview.png
 """
 

@@ -1,14 +1,14 @@
-"""A run's configuration: frozen dataclasses, read from one YAML file and dotted overrides.
+"""A run's configuration: frozen dataclasses, read from one YAML file and dotted overrides; every error names the key.
 
-Every error names the key. The resolved configuration holds every default and is itself valid input.
+It knows no network: `model` stays a mapping here, and `training/build.py` checks it against the backbone it names.
 """
 
 import dataclasses
 import difflib
-import inspect
 import math
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any, Literal
 
 import yaml
 
-from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
-
-BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet, "transformer": EGCTransformer}
+# Names that keys had before -> theirs now.
+RENAMED = {
+    "training.evaluate_every": "validate_every",
+    "training.num_evaluation_samples": "num_validation_images",
+    "sampling.images_per_class": "num_images_per_label",
+}
 
 
 class ConfigError(ValueError):
@@ -28,26 +31,6 @@ class ConfigError(ValueError):
 def within(default: Any, minimum: float, maximum: float = math.inf) -> Any:
     """A field whose value, or whose every element, must lie in [minimum, maximum]."""
     return field(default=default, metadata={"range": (minimum, maximum)})
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The energy network: which backbone, and its constructor's arguments, which stand beside it in the YAML."""
-
-    backbone: str
-    arguments: Mapping[str, Any]
-    init_from: str | None = None  # a pipeline's or network's folder, a run's, or a Hub id: weights to start from
-
-    def build(self) -> EnergyModel:
-        """A freshly initialised network.
-
-        Raises:
-            ConfigError: arguments that contradict each other.
-        """
-        try:
-            return BACKBONES[self.backbone](**self.arguments)
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -109,16 +92,16 @@ class TrainingConfig:
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
     shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
-    ema_decay: float = within(
-        0.9999, 0.0, 1.0
-    )  # the bound; it is reached by diffusers' warm-up (1 + step) / (10 + step)
+    check_gradients: bool | None = None  # against plain float32, before the first step; null: where there is a choice,
+    # that is for bf16, compile and shard_optimizer
+    ema_decay: float = within(0.9999, 0.0, 1.0)  # the bound, reached by diffusers' warm-up (1 + step) / (10 + step)
     seed: int = within(0, 0, 2**32 - 1)
     log_every: int = within(10, 1)
-    evaluate_every: int = within(500, 1)
+    validate_every: int = within(500, 1)
     sample_every: int = within(500, 1)
     checkpoint_every: int = within(500, 1)
     keep_checkpoints: int = within(2, 1)  # the newest; the best is kept besides
-    num_evaluation_samples: int | None = within(None, 1)  # null: the whole validation split
+    num_validation_images: int | None = within(None, 1)  # null: the whole validation split
     trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's trackers
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest checkpoint in output_dir, if there is one
     overwrite: bool = False  # delete a run that output_dir already holds
@@ -130,7 +113,7 @@ class SamplingConfig:
 
     num_inference_steps: int = within(50, 1)
     guidance_scale: float = within(1.0, 1.0)  # stored with the pipeline
-    images_per_class: int = within(8, 1)
+    num_images_per_label: int = within(8, 1)
     max_classes: int = within(10, 1)  # rows of the grid
     batch_size: int = within(40, 1)
 
@@ -139,7 +122,7 @@ class SamplingConfig:
 class Config:
     """One run."""
 
-    model: ModelConfig
+    model: Mapping[str, Any]  # backbone, init_from, and the arguments of the backbone's constructor
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -148,14 +131,11 @@ class Config:
     output_dir: str = "runs/default"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, every default included, in the form that `parse_config` reads."""
-        values = dataclasses.asdict(self)
-        model = self.model
-        values["model"] = {"backbone": model.backbone, "init_from": model.init_from, **model.arguments}
-        return _plain(values)
+        """Plain values in the form that `parse_config` reads; every default included, those of a resolved model too."""
+        return _plain(dataclasses.asdict(self))
 
     def save(self, path: str | Path) -> None:
-        """Writes the resolved configuration as YAML."""
+        """Writes the configuration as YAML."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
@@ -217,19 +197,19 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
                 raise ConfigError(f"{key}: {section} is a value, not a section")
             target = target[section]
         try:
-            target[last] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        target.pop(last, None)  # an override stands last, and so wins over the key's older name as well
+        target[last] = value
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Plain values -> a checked `Config`. Raises ConfigError as `load_config` does."""
     if "model" not in values:
         raise ConfigError("model is missing: the section that describes the energy network")
-    config = parse_dataclass(Config, values, "")
-    for key, path in (("autoencoder.path", config.autoencoder.path), ("model.init_from", config.model.init_from)):
-        if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
-            raise ConfigError(f"{key}: no such folder: {path}")
+    config = parse_dataclass(Config, _with_new_names(values), "")
+    check_folder(config.autoencoder.path, "autoencoder.path")
     _check_data(config.data)
     if config.training.compile and config.training.activation_checkpointing:
         raise ConfigError(
@@ -237,6 +217,25 @@ def parse_config(values: Mapping[str, Any]) -> Config:
             "input gradient by torch.func.grad, and recomputation belongs to autograd's; set one to false"
         )
     return config
+
+
+def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys under their names of today; of two names of one key the later stands. One warning for all old names."""
+    renamed, old = dict(values), []
+    for section in {key.split(".")[0] for key in RENAMED}:
+        if isinstance(values.get(section), Mapping):
+            old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]
+            renamed[section] = {RENAMED.get(f"{section}.{k}", k): value for k, value in values[section].items()}
+    if old:
+        names = ", ".join(f"{name} is now {name.split('.')[0]}.{RENAMED[name]}" for name in sorted(old))
+        warnings.warn(f"renamed keys in the configuration: {names}", stacklevel=4)
+    return renamed
+
+
+def check_folder(path: str | None, key: str) -> None:
+    """Raises ConfigError, naming `key`, where `path` is written as a folder's and nothing is there."""
+    if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+        raise ConfigError(f"{key}: no such folder: {path}")
 
 
 def _check_data(config: DataConfig) -> None:
@@ -256,24 +255,11 @@ def parse_dataclass(cls: type, values: Any, prefix: str) -> Any:
     """Plain values -> a checked frozen dataclass; errors name `prefix` and the key. Raises ConfigError."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: (hints[f.name], f.metadata.get("range")) for f in dataclasses.fields(cls)}
-    return cls(**_parse_fields(fields, values, prefix))
+    return cls(**parse_fields(fields, values, prefix))
 
 
-def _parse_model(values: Any, prefix: str) -> ModelConfig:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix} must be a section, got {values!r}")
-    backbone = values.get("backbone", "unet")
-    if not isinstance(backbone, str) or backbone not in BACKBONES:
-        raise ConfigError(f"{prefix}.backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
-    # The constructor is the one list of a backbone's fields.
-    parameters = [p for p in inspect.signature(BACKBONES[backbone].__init__).parameters.values() if p.name != "self"]
-    fields = {p.name: (p.annotation, None) for p in parameters} | {"init_from": (str | None, None)}
-    given = {key: value for key, value in values.items() if key != "backbone"}
-    arguments = {p.name: p.default for p in parameters} | _parse_fields(fields, given, prefix)
-    return ModelConfig(backbone, init_from=arguments.pop("init_from", None), arguments=arguments)
-
-
-def _parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: str) -> dict[str, Any]:
+def parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: str) -> dict[str, Any]:
+    """The given `values`, checked; `fields` has annotation and range (or None) of each key. Raises ConfigError."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix} must be a section, got {values!r}")
     parsed = {}
@@ -295,8 +281,10 @@ def _parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: st
 def _convert(value: Any, annotation: Any, name: str) -> Any:
     """`value` as `annotation`, or a ConfigError; YAML's spellings of floats and of "no" are understood."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is ModelConfig:
-        return _parse_model(value, name)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a section, got {value!r}")
+        return dict(value)
     if dataclasses.is_dataclass(annotation):
         return parse_dataclass(annotation, {} if value is None else value, name)
     if origin in (types.UnionType, typing.Union):

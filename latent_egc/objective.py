@@ -140,17 +140,19 @@ class CompiledForward:
     """
 
     def __init__(self, objective: EGCObjective, **options: Any) -> None:
-        # DDP would have the graph split by its gradient buckets, and a part of it cannot be differentiated twice.
-        torch._dynamo.config.optimize_ddp = False
-        # A backward pass that does not compile shall be found by the forward, where there is something to fall back to.
-        torch._functorch.config.force_non_lazy_backward_lowering = True
         self.plain = objective.forward
         self.compiled = torch.compile(self.plain, fullgraph=True, dynamic=False, **options)
 
     def __call__(self, *arguments: Any, **named_arguments: Any) -> EGCLosses:
         """As `EGCObjective.forward`."""
         try:
-            return self.compiled(*arguments, **named_arguments)
+            with (
+                # DDP would have the graph split by its gradient buckets, and a part cannot be differentiated twice.
+                torch._dynamo.config.patch(optimize_ddp=False),
+                # A backward pass that does not compile is found by the forward, where something can be fallen back to.
+                torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            ):
+                return self.compiled(*arguments, **named_arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.compiled is self.plain:
                 raise

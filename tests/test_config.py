@@ -1,5 +1,6 @@
 """Configurations: what is accepted, what is refused, and that every refusal names the key."""
 
+import inspect
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 import yaml
 from tiny import ROOT, SHARED
 
+from latent_egc import EGCUNet
 from latent_egc.config import Config, ConfigError, load_config, parse_config
+from latent_egc.training.build import build_network, resolve, resolve_model
 
 MODEL = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "block_out_channels": [32, 64], "attention_levels": [1]}
 
@@ -27,22 +30,23 @@ def write(tmp_path):
 def refused(values: dict, *parts: str) -> None:
     """Asserts that `values` beside a usable model raise a ConfigError whose message holds all `parts`."""
     with pytest.raises(ConfigError) as error:
-        parse_config({"model": MODEL} | values)
+        resolve(parse_config({"model": MODEL} | values))
     for part in parts:
         assert part in str(error.value)
 
 
 def test_defaults_need_only_a_model():
     config = parse_config({"model": MODEL})
-    assert config.model.backbone == "unet"
+    model = resolve_model(config.model)
+    assert model["backbone"] == "unet"
     assert config.data.dataset == "digits"
     assert config.autoencoder.path == "digits_vae"
     assert config.objective.classification_weight == 0.005
-    assert config.model.arguments["num_train_timesteps"] == 1000
+    assert model["num_train_timesteps"] == 1000
 
 
 def test_model_defaults_are_the_constructors():
-    model = parse_config({"model": MODEL}).model.build()
+    model = build_network(resolve_model(parse_config({"model": MODEL}).model))
     for key, value in MODEL.items():
         assert model.config[key] == (tuple(value) if isinstance(value, list) else value)
 
@@ -58,7 +62,7 @@ def test_overrides_win_over_the_file(write):
     overrides += ["data.random_resized_crop=[0.25, 1]", "output_dir=runs/a=b", "training.trackers=[]"]
     config = load_config(path, overrides)
     assert (config.training.max_steps, config.training.seed) == (7, 3)
-    assert config.model.arguments["num_classes"] is None
+    assert resolve_model(config.model)["num_classes"] is None
     assert config.data.horizontal_flip
     assert config.data.random_resized_crop == (0.25, 1.0)
     assert config.output_dir == "runs/a=b"
@@ -180,24 +184,42 @@ def test_label_fraction_is_a_share():
         refused({"data": {"label_fraction": fraction}}, "data.label_fraction must be in", str(fraction))
 
 
+def test_old_names_of_keys_are_understood_with_one_warning(write):
+    text = yaml.safe_dump(
+        {
+            "model": MODEL,
+            "training": {"evaluate_every": 3, "num_evaluation_samples": 5},
+            "sampling": {"images_per_class": 2},
+        }
+    )
+    with pytest.warns(UserWarning, match="training.evaluate_every is now training.validate_every") as warned:
+        config = load_config(write(text), ["training.num_validation_images=7", "sampling.images_per_class=4"])
+    assert len(warned) == 1
+    assert "sampling.images_per_class is now sampling.num_images_per_label" in str(warned[0].message)
+    training = config.training
+    assert (training.validate_every, training.num_validation_images) == (3, 7)
+    assert config.sampling.num_images_per_label == 4
+    text = yaml.safe_dump({"model": MODEL, "training": {"validate_every": 3}})
+    with pytest.warns(UserWarning, match="renamed"):
+        assert load_config(write(text), ["training.evaluate_every=9"]).training.validate_every == 9
+
+
 def test_resolved_config_is_valid_input_and_equal(tmp_path):
     config = parse_config(
         {
-            "model": MODEL,
+            "model": MODEL | {"block_out_channels": [32, 48]},
             "autoencoder": {"path": None},
             "data": {"dataset": "user/name", "data_files": {"train": "a.parquet"}, "random_resized_crop": None},
             "training": {"learning_rate": 1e-5, "adam_betas": [0.5, 0.9], "max_grad_norm": None},
         }
     )
+    config = resolve(config)
     config.save(tmp_path / "saved.yaml")
-    again = load_config(tmp_path / "saved.yaml")
+    again = resolve(load_config(tmp_path / "saved.yaml"))
     assert isinstance(again, Config)
     assert again == config
-    assert set(yaml.safe_load((tmp_path / "saved.yaml").read_text())["model"]) == {
-        "backbone",
-        "init_from",
-        *config.model.arguments,
-    }
+    arguments = inspect.signature(EGCUNet.__init__).parameters.keys() - {"self"}
+    assert set(yaml.safe_load((tmp_path / "saved.yaml").read_text())["model"]) == {"backbone", "init_from", *arguments}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +237,7 @@ def test_resolved_config_is_valid_input_and_equal(tmp_path):
 def test_contradictions_in_the_model_name_the_field(wrong, key):
     config = parse_config({"model": MODEL | wrong})
     with pytest.raises(ConfigError, match=f"model: .*{key}"):
-        config.model.build()
+        build_network(resolve_model(config.model))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -226,5 +248,5 @@ def test_shipped_configs_parse_and_build(path, monkeypatch):
     config = load_config(path)
     assert config.output_dir == f"runs/{path.stem}"
     with torch.device("meta"):  # the largest have gigabytes of weights
-        model = config.model.build()
-    assert model.config.num_classes == config.model.arguments["num_classes"]
+        model = build_network(resolve_model(config.model))
+    assert model.config.num_classes == config.model["num_classes"]

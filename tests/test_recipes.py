@@ -11,6 +11,7 @@ from tiny import ROOT, tiny_kl
 from latent_egc import EGCPipeline
 from latent_egc.commands import main
 from latent_egc.config import load_config
+from latent_egc.training.build import resolve_model
 from latent_egc.training.checkpoints import read_metrics
 from latent_egc.training.loop import train
 
@@ -34,10 +35,10 @@ SMOKE = (
     "training.compile=false",
     "training.train_batch_size=1",
     "training.gradient_accumulation_steps=1",
-    "training.num_evaluation_samples=1",
+    "training.num_validation_images=1",
     "training.trackers=[]",
     "sampling.num_inference_steps=1",
-    "sampling.images_per_class=1",
+    "sampling.num_images_per_label=1",
     "sampling.max_classes=1",
 )
 
@@ -53,7 +54,7 @@ def own_caches(tmp_path, monkeypatch):
 def stand_ins(recipe, folder) -> list[str]:
     """Overrides that put generated images and a tiny autoencoder, of the recipe's shapes, in the place of its own."""
     config = load_config(recipe, ["autoencoder.path=null", "data.data_dir=null", "data.data_files=null"])
-    model, data = config.model.arguments, config.data
+    model, data = resolve_model(config.model), config.data
     overrides = [f"output_dir={folder / 'run'}", "data.latent_cache=null"]
     overrides += ["data.dataset=parquet", "data.data_dir=null", "data.subset=null", "data.num_workers=0"]
 
@@ -94,11 +95,11 @@ def test_recipe_dry_runs(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(recipe, tmp_path):
-    named = load_config(recipe, ["autoencoder.path=null", "data.data_files=null"]).model
-    small = dict(SMALL[named.backbone])
-    if named.backbone == "unet":
-        small["block_out_channels"] = [4] * len(named.arguments["block_out_channels"])
-    overrides = [f"model.{name}={value}" for name, value in small.items() if named.arguments[name] is not None]
+    named = resolve_model(load_config(recipe, ["autoencoder.path=null", "data.data_files=null"]).model)
+    small = dict(SMALL[named["backbone"]])
+    if named["backbone"] == "unet":
+        small["block_out_channels"] = [4] * len(named["block_out_channels"])
+    overrides = [f"model.{name}={value}" for name, value in small.items() if named[name] is not None]
     config = load_config(recipe, [*stand_ins(recipe, tmp_path), *overrides, *SMOKE])
     run = train(config)
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
@@ -106,4 +107,4 @@ def test_recipe_trains(recipe, tmp_path):
     assert np.isfinite(losses).all()
     pipeline = EGCPipeline.from_pretrained(run / "pipeline")
     assert pipeline.image_size == config.data.image_size
-    assert len(pipeline.id2label) == (config.model.arguments["num_classes"] or 0)
+    assert len(pipeline.id2label) == (named["num_classes"] or 0)

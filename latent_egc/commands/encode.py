@@ -19,7 +19,9 @@ def run(options: argparse.Namespace) -> None:
     """Writes the cache."""
     from latent_egc.config import load_config
     from latent_egc.data.latent_cache import encode
+    from latent_egc.training.build import resolve_model
 
     config = load_config(options.config, options.overrides)
-    folder = encode(config, options.batch_size, device_name(options.device))
+    num_classes = resolve_model(config.model)["num_classes"]
+    folder = encode(config.data, config.autoencoder, num_classes, options.batch_size, device_name(options.device))
     print(f"latent cache written: {folder}")

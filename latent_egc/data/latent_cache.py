@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from diffusers import ModelMixin
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from latent_egc.config import Config, ConfigError
+from latent_egc.atomic import replace_text
+from latent_egc.config import AutoencoderConfig, ConfigError, DataConfig
 from latent_egc.data.autoencoders import encode_moments, fingerprint, latent_shape, load_autoencoder
 from latent_egc.data.sources import CorruptImageError, ImageTable, Splits, load_splits
 from latent_egc.data.stream import AUGMENTATION, CACHED_VIEW, SampleStream, random_stream
@@ -53,11 +54,18 @@ IDENTITY_KEYS = (
 )
 
 
-def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
-    """Writes the latent cache that `config.data.latent_cache` names; goes on where an earlier, killed call stopped.
+def encode(
+    data: DataConfig,
+    autoencoder: AutoencoderConfig,
+    num_classes: int | None,
+    batch_size: int = 64,
+    device: str = "cpu",
+) -> Path:
+    """Writes the latent cache that `data.latent_cache` names; goes on where an earlier, killed call stopped.
 
     Args:
-        config: a whole run's configuration; its data and autoencoder decide what is written.
+        data, autoencoder: a run's sections; they decide what is written.
+        num_classes: K of the run's model; None leaves out the labels.
         batch_size: images encoded at once.
         device: where the autoencoder runs.
 
@@ -69,17 +77,17 @@ def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
             files that are no cache.
         CorruptImageError: an unreadable image, unless `data.skip_corrupt`.
     """
-    if config.data.latent_cache is None:
+    if data.latent_cache is None:
         raise ConfigError("data.latent_cache must name the folder to write")
-    if config.autoencoder.path is None:
+    if autoencoder.path is None:
         raise ConfigError("autoencoder.path is null: pixel space has no latents to cache")
-    folder = Path(config.data.latent_cache)
+    folder = Path(data.latent_cache)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache.json").is_file():
         raise ConfigError(f"data.latent_cache={str(folder)!r} holds other files; name an empty or a new folder")
-    vae = load_autoencoder(config.autoencoder).to(device)
-    latent_shape(vae, config.data.image_size)
-    splits = load_splits(config.data, config.model.arguments["num_classes"])
-    record = _identity(config, vae) | {
+    vae = load_autoencoder(autoencoder).to(device)
+    latent_shape(vae, data.image_size)
+    splits = load_splits(data, num_classes)
+    record = _identity(data, vae, num_classes is not None) | {
         "num_train": len(splits.train),
         "num_validation": len(splits.validation),
         "content": content_digest(splits),
@@ -90,17 +98,17 @@ def encode(config: Config, batch_size: int = 64, device: str = "cpu") -> Path:
         _refuse_other(folder, _read_record(folder), record)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "cache.json", record)
+        _write_record(folder, record)
     num_skipped = 0
     for table in (splits.train, splits.validation):
-        num_skipped += _encode_split(config, vae, table, folder / table.name, batch_size)
+        num_skipped += _encode_split(data, vae, table, folder / table.name, batch_size)
     if num_skipped:
         warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
-    _write_json(folder / "cache.json", record | {"complete": True})
+    _write_record(folder, record | {"complete": True})
     return folder
 
 
-def _encode_split(config: Config, vae: ModelMixin, table: ImageTable, folder: Path, batch_size: int) -> int:
+def _encode_split(data: DataConfig, vae: ModelMixin, table: ImageTable, folder: Path, batch_size: int) -> int:
     """Encodes what is missing of one split, shard by shard; returns how many images were skipped."""
     folder.mkdir(exist_ok=True)
     num_skipped = 0
@@ -109,7 +117,7 @@ def _encode_split(config: Config, vae: ModelMixin, table: ImageTable, folder: Pa
             indices = range(first, min(first + IMAGES_PER_SHARD, len(table)))
             shard, unfinished = folder / f"{number:05d}", folder / f"{number:05d}.tmp"
             if not shard.exists():
-                rows, skipped = _encode_rows(config, vae, table, indices, batch_size)
+                rows, skipped = _encode_rows(data, vae, table, indices, batch_size)
                 num_skipped += skipped
                 shutil.rmtree(unfinished, ignore_errors=True)
                 if rows is None:
@@ -135,10 +143,10 @@ def _no_datasets_progress() -> Iterator[None]:
 
 
 def _encode_rows(
-    config: Config, vae: ModelMixin, table: ImageTable, indices: range, batch_size: int
+    data: DataConfig, vae: ModelMixin, table: ImageTable, indices: range, batch_size: int
 ) -> tuple[datasets.Dataset | None, int]:
     """The rows of one shard, None where every image is corrupt, and how many images were skipped."""
-    data, is_train = config.data, table.name == "train"
+    is_train = table.name == "train"
     views, labels, num_skipped = [], [], 0
     for index in indices:
         try:
@@ -184,15 +192,15 @@ class LatentCache:
     class_names: list[str]
 
 
-def open_cache(config: Config, vae: ModelMixin) -> LatentCache:
-    """Opens `config.data.latent_cache` for a run with this configuration and autoencoder.
+def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache:
+    """Opens `data.latent_cache` for a run with this data section and autoencoder, and with classes or without.
 
     Raises:
         ConfigError: no cache there, an unfinished one, or one of other data, views or autoencoder: what differs.
     """
-    folder = Path(config.data.latent_cache)
+    folder = Path(data.latent_cache)
     record = _read_record(folder)
-    _refuse_other(folder, record, _identity(config, vae))
+    _refuse_other(folder, record, _identity(data, vae, labelled))
     if not record.get("complete"):
         raise ConfigError(f"data.latent_cache={str(folder)!r} is unfinished; `latent-egc encode` goes on with it")
     splits = []
@@ -207,10 +215,10 @@ def open_cache(config: Config, vae: ModelMixin) -> LatentCache:
 
 
 class CachedViews(Dataset):
-    """Two cached views of each sample's image, for the noisy and the clean branch: moments.
+    """`Views` that were encoded beforehand: moments, (C', h, w).
 
     Args:
-        rows: the train split of a cache.
+        rows: a split of a cache.
         seed: the run's.
         label_fraction: the share of labels to keep.
     """
@@ -220,12 +228,15 @@ class CachedViews(Dataset):
         self.labels = keep_labels(np.asarray(rows["label"]), label_fraction, seed)
         self.stream = SampleStream(len(rows), seed)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """view, clean_view (C', h, w) float32; class_labels (); num_skipped (), always 0."""
+        """One item of `__getitems__`."""
         return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
-        """One item for each sample."""
+        """See `Views`."""
         # One read for the whole batch: row by row, finding and unpacking them takes longer than the rest.
         indices = [self.stream.image_index(sample) for sample in samples]
         rows = self.rows[indices]
@@ -243,11 +254,21 @@ class CachedViews(Dataset):
             )
         return items
 
+    def central(self, images: Sequence[int]) -> list[tuple[int, torch.Tensor, int]]:
+        """See `Views`; corrupt images were left out when the cache was written."""
+        rows = self.rows[list(images)]
+        views = [torch.from_numpy(views[0].astype(np.float32)) for views in rows["moments"]]
+        return list(zip(images, views, map(int, rows["label"]), strict=True))
 
-def _identity(config: Config, vae: ModelMixin) -> dict[str, Any]:
-    values = {f"data.{key}": getattr(config.data, key) for key in IDENTITY_KEYS}
+    def moments(self, vae: ModelMixin | None, views: torch.Tensor) -> torch.Tensor:
+        """The views as they are: they are moments."""
+        return views
+
+
+def _identity(data: DataConfig, vae: ModelMixin, labelled: bool) -> dict[str, Any]:
+    values = {f"data.{key}": getattr(data, key) for key in IDENTITY_KEYS}
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return values | {"autoencoder": fingerprint(vae), "labelled": config.model.arguments["num_classes"] is not None}
+    return values | {"autoencoder": fingerprint(vae), "labelled": labelled}
 
 
 def content_digest(splits: Splits) -> str:
@@ -282,7 +303,5 @@ def _read_record(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1))
-    os.replace(unfinished, path)
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    replace_text(folder / "cache.json", json.dumps(record, indent=1))

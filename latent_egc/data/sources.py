@@ -1,8 +1,6 @@
-"""Images and labels: from scikit-learn's digits or any `datasets` source to training batches.
+"""Images and labels: from scikit-learn's digits, or any source that `datasets` reads, to one table a split.
 
-Nothing random here depends on how often or where it is asked: every sample of the endless training stream has a number,
-and its image, views, timestep and noise are functions of (seed, number). A resumed run and any number of processes
-therefore see the same samples.
+Images are decoded when asked for, labels stand in memory; -1 is an image without a label.
 """
 
 import io

@@ -1,4 +1,8 @@
-"""The training stream."""
+"""The training stream: an endless sequence of numbered samples.
+
+Nothing random here depends on how often or where it is asked: a sample's image, views, timestep and noise are functions
+of (seed, number). A resumed run and any number of processes therefore see the same samples.
+"""
 
 from collections.abc import Iterator
 
@@ -94,7 +98,7 @@ def sample_draws(
 
 
 class TrainingSamples(Dataset):
-    """The training stream: `views` (of pixels or of cached moments) joined with `sample_draws`."""
+    """The training stream: `Views` of the train split, joined with `sample_draws`."""
 
     def __init__(
         self, views: Dataset, seed: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
@@ -103,7 +107,7 @@ class TrainingSamples(Dataset):
         self.draws = (seed, shape, num_timesteps, label_drop)
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """Everything that one row of the objective needs; see `PixelViews` and `sample_draws`."""
+        """Everything that one row of the objective needs; see `Views` and `sample_draws`."""
         return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:

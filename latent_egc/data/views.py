@@ -1,13 +1,21 @@
-"""Views of an image."""
+"""Views of an image: the central one, and the clean branch's crop; what training and validation see of a split.
+
+Crops and flips are made of pixels, since a mirrored latent is not the latent of the mirrored image. So a split's views
+are pixels, encoded when they are needed, or moments, encoded beforehand (`data/latent_cache.py`); `Views` is both.
+"""
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from torch.utils.data import Dataset
 
 from latent_egc.config import DataConfig
+from latent_egc.data.autoencoders import encode_moments
 from latent_egc.data.sources import CorruptImageError, ImageTable
 from latent_egc.data.stream import AUGMENTATION, KEPT_LABELS, SampleStream, random_stream
 from latent_egc.pipelines.images import preprocess_images
@@ -60,11 +68,34 @@ def keep_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return kept
 
 
+class Views(Protocol):
+    """The images of one split: two views of each sample of the training stream, and each image's central view.
+
+    It never holds the autoencoder, so that it can be sent to a worker process.
+    """
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
+        """For each sample: view and clean_view (C', h', w') float32, of the noisy and of the clean branch; class_labels
+        (), -1 where unlabelled or hidden; num_skipped (), the corrupt images that were passed over.
+        """
+
+    def central(self, images: Sequence[int]) -> list[tuple[int, torch.Tensor, int]]:
+        """For each image its number, its central view and its label, never hidden. Without the corrupt ones, where
+        `data.skip_corrupt` allows it.
+        """
+
+    def moments(self, vae: ModelMixin | None, views: torch.Tensor) -> torch.Tensor:
+        """A batch of views (N, C', h', w') -> the moments (N, C'', h, w) that `latents_from_moments` takes."""
+
+
 class PixelViews(Dataset):
-    """Two views of each sample's image, for the noisy and the clean branch: images, to be encoded by the training step.
+    """`Views` of pixels, (3, H, W) in [-1, 1], to be encoded by the training step.
 
     Args:
-        table: the train split.
+        table: the split.
         config: sizes, augmentation and the share of labels to keep.
         seed: the run's.
     """
@@ -74,8 +105,11 @@ class PixelViews(Dataset):
         self.labels = keep_labels(table.labels, config.label_fraction, seed)
         self.stream = SampleStream(len(table), seed)
 
+    def __len__(self) -> int:
+        return len(self.table)
+
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """view, clean_view (3, H, W) in [-1, 1]; class_labels (); num_skipped ()."""
+        """One item of `__getitems__`."""
         index, num_skipped = self.stream.image_index(sample), 0
         while True:
             try:
@@ -96,5 +130,22 @@ class PixelViews(Dataset):
         }
 
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
-        """One item for each sample."""
+        """See `Views`."""
         return [self[sample] for sample in samples]
+
+    def central(self, images: Sequence[int]) -> list[tuple[int, torch.Tensor, int]]:
+        """See `Views`."""
+        found = []
+        for index in images:
+            try:
+                view = central_view(self.table.image(index), self.config.image_size)
+            except CorruptImageError:
+                if not self.config.skip_corrupt:
+                    raise
+                continue
+            found.append((index, view, int(self.table.labels[index])))
+        return found
+
+    def moments(self, vae: ModelMixin | None, views: torch.Tensor) -> torch.Tensor:
+        """Encodes; without an autoencoder, pixels are the latents."""
+        return encode_moments(vae, views)

@@ -9,7 +9,7 @@ from latent_egc.config import AutoencoderConfig, ConfigError
 from latent_egc.data.autoencoders import load_autoencoder
 from latent_egc.models import EnergyModel
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 
 
 def write_pipeline(

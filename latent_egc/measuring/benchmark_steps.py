@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latent_egc.config import Config, ConfigError, ModelConfig
+from latent_egc.config import Config, ConfigError
 from latent_egc.models import EnergyModel, attention
-from latent_egc.models.energy import at_least_float32
 from latent_egc.models.noise_schedule import add_noise
+from latent_egc.models.numerics import at_least_float32
 from latent_egc.objective import EGCLosses, EGCObjective
+from latent_egc.training.build import build_network, resolve_model
 
 GUIDANCE_SCALE = 2.0
 
@@ -61,13 +62,13 @@ def make_workload(config: Config, device: torch.device) -> Workload:
     Raises:
         ConfigError: a model without classes, or arguments that contradict each other.
     """
-    arguments = {**config.model.arguments, "class_embedding": False}
-    if arguments["num_classes"] is None:
+    section = resolve_model(config.model) | {"class_embedding": False}
+    if section["num_classes"] is None:
         raise ConfigError("model.num_classes must be set: the benchmark compares classification and guidance, too")
     as_noise_predictor = {"head": "inner", "num_classes": None, "energy_channels": None, "gaussian_part": False}
     torch.manual_seed(0)
-    model = ModelConfig(config.model.backbone, arguments).build().to(device)
-    noise_predictor = ModelConfig(config.model.backbone, arguments | as_noise_predictor).build().to(device)
+    model = build_network(section).to(device)
+    noise_predictor = build_network(section | as_noise_predictor).to(device)
     for parameter in (*model.parameters(), *noise_predictor.parameters()):
         if not parameter.any():  # else whole paths of a fresh network, and their gradients, would be zero
             nn.init.normal_(parameter, std=0.02)

@@ -10,12 +10,17 @@ Whatever is written appears under its name only when it is whole: first a tempor
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from latent_egc.atomic import CheckpointError
+from latent_egc.atomic import CheckpointError, replace_file, replace_folder, replace_text
 from latent_egc.config import Config, ConfigError
 
 # What a resumed run may change without becoming another run.
@@ -24,11 +29,12 @@ MAY_CHANGE = {
     "num_workers",
     "max_steps",
     "log_every",
-    "evaluate_every",
+    "validate_every",
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "num_evaluation_samples",
+    "num_validation_images",
+    "check_gradients",
     "trackers",
     "resume",
     "overwrite",
@@ -42,7 +48,7 @@ class CheckpointRecord:
     Args:
         global_step: optimiser steps done.
         score: higher is better: validation accuracy, or minus the denoising loss of an unlabelled model; None where
-            training was stopped between evaluations.
+            training was stopped between validations.
     """
 
     global_step: int
@@ -99,7 +105,7 @@ def resolve_pipeline(name: str | Path) -> str | Path:
 
 def write_record(folder: Path, record: CheckpointRecord) -> None:
     """Writes `checkpoint.json`, which makes a folder a checkpoint."""
-    (folder / "checkpoint.json").write_text(json.dumps(asdict(record)))
+    replace_text(folder / "checkpoint.json", json.dumps(asdict(record)))
 
 
 def prune_checkpoints(run: str | Path, keep: int) -> None:
@@ -110,51 +116,110 @@ def prune_checkpoints(run: str | Path, keep: int) -> None:
             shutil.rmtree(folder)
 
 
-def prepare_run_folder(config: Config) -> Path | None:
-    """Makes `output_dir` ready and returns the checkpoint to go on from, if any.
+def save_checkpoint(
+    run: Path,
+    record: CheckpointRecord,
+    accelerator: Accelerator,
+    optimizer: AcceleratedOptimizer,
+    save_pipeline: Callable[[Path], None],
+    keep: int,
+) -> None:
+    """Writes a checkpoint, whole or not at all, and deletes those that are no longer kept; for every process to call.
+
+    Args:
+        run: the run's folder.
+        record: says what the checkpoint is.
+        accelerator: knows the state that a resumed run needs.
+        optimizer: of whose state each process may hold a part.
+        save_pipeline: writes the run's pipeline to a folder.
+        keep: as in `prune_checkpoints`.
+
+    Raises:
+        CheckpointError: writing failed; the earlier checkpoints are as they were.
+    """
+    if isinstance(optimizer.optimizer, ZeroRedundancyOptimizer):
+        optimizer.optimizer.consolidate_state_dict(to=0)  # the main process writes the whole state
+
+    def write(unfinished: Path) -> None:
+        accelerator.save_state(str(unfinished / "state"))
+        save_pipeline(unfinished / "pipeline")
+        write_record(unfinished, record)
+
+    if accelerator.is_main_process:
+        replace_folder(run / "checkpoints" / f"step-{record.global_step:08d}", write)
+        prune_checkpoints(run, keep)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(run: Path, accelerator: Accelerator) -> int:
+    """Goes back to a run's newest checkpoint; returns the optimiser steps done, 0 where there is none.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    checkpoints = checkpoint_folders(run)
+    if not checkpoints:
+        return 0
+    record = read_record(checkpoints[-1])
+    try:
+        accelerator.load_state(str(checkpoints[-1] / "state"))
+    except Exception as error:  # torch, safetensors and pickle have no common error for a damaged file
+        raise CheckpointError(
+            f"checkpoint {checkpoints[-1]} is damaged: {error}; delete that folder to resume from the one before it"
+        ) from error
+    return record.global_step
+
+
+def prepare_run_folder(config: Config, accelerator: Accelerator) -> None:
+    """Makes `output_dir` ready: checkpoints in it afterwards are those to go on from. For every process to call.
+
+    Args:
+        config: with its `model` resolved.
+        accelerator: the main process does it, the others wait.
 
     Raises:
         ConfigError: the folder holds a run and neither `training.resume` nor `training.overwrite` says what to do with
             it, or the run to resume has another model.
     """
     run, training = Path(config.output_dir), config.training
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output_dir: {run} is a file")
-    holds_run = run.exists() and any(run.iterdir())
-    if training.overwrite and training.resume == "auto":
-        raise ConfigError("training.overwrite and training.resume=auto contradict each other")
-    if holds_run and training.resume != "auto":
-        if not training.overwrite:
-            raise ConfigError(
-                f"output_dir: {run} already holds files; go on with training.resume=auto, delete them with "
-                "training.overwrite=true, or choose another folder"
+    if accelerator.is_main_process:
+        if run.exists() and not run.is_dir():
+            raise ConfigError(f"output_dir: {run} is a file")
+        if training.overwrite and training.resume == "auto":
+            raise ConfigError("training.overwrite and training.resume=auto contradict each other")
+        if run.exists() and any(run.iterdir()) and training.resume != "auto":
+            if not training.overwrite:
+                raise ConfigError(
+                    f"output_dir: {run} already holds files; go on with training.resume=auto, delete them with "
+                    "training.overwrite=true, or choose another folder"
+                )
+            if not (run / "config.yaml").is_file():
+                raise ConfigError(
+                    f"training.overwrite: {run} does not look like a run (no config.yaml), it is left alone"
+                )
+            shutil.rmtree(run)
+        if checkpoint_folders(run) and (run / "config.yaml").is_file():
+            _compare(run, config.to_dict())
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        replace_file(run / "config.yaml", config.save)
+    accelerator.wait_for_everyone()
+
+
+def _compare(run: Path, now: dict[str, Any]) -> None:
+    """Refuses another model or autoencoder than the run to resume has; warns of another kind of run."""
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    for section in ("model", "autoencoder", "data", "objective", "training"):
+        for key in [key for key in now[section] if key not in MAY_CHANGE]:
+            was, value = before[section].get(key), now[section][key]
+            if was == value:
+                continue
+            if section in ("model", "autoencoder"):
+                raise ConfigError(f"training.resume: {section}.{key} was {was!r} in {run}, now it is {value!r}")
+            warnings.warn(
+                f"resuming with {section}.{key}={value!r}, it was {was!r}: this will not be the run that was never "
+                "interrupted",
+                stacklevel=4,
             )
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"training.overwrite: {run} does not look like a run (no config.yaml), it is left alone")
-        shutil.rmtree(run)
-    checkpoints = checkpoint_folders(run) if run.exists() else []
-    if checkpoints and (run / "config.yaml").is_file():
-        before = yaml.safe_load((run / "config.yaml").read_text())
-        now = config.to_dict()
-        for section in ("model", "autoencoder"):
-            for key in now[section]:
-                if key not in MAY_CHANGE and before[section].get(key) != now[section][key]:
-                    raise ConfigError(
-                        f"training.resume: {section}.{key} was {before[section].get(key)!r} in {run}, now it is "
-                        f"{now[section][key]!r}"
-                    )
-        for section in ("data", "objective", "training"):
-            for key in now[section].keys() - MAY_CHANGE:
-                if before[section].get(key) != now[section][key]:
-                    warnings.warn(
-                        f"resuming with {section}.{key}={now[section][key]!r}, it was {before[section].get(key)!r}: "
-                        "this will not be the run that was never interrupted",
-                        stacklevel=2,
-                    )
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "samples").mkdir(exist_ok=True)
-    config.save(run / "config.yaml")
-    return checkpoints[-1] if checkpoints else None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -169,14 +234,21 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 class MetricsLog:
-    """A run's metrics.jsonl: one JSON object a line, each with its step. Resuming forgets the steps that come again."""
+    """A run's metrics: to the trackers, and to metrics.jsonl, one JSON object a line, each with its step.
 
-    def __init__(self, path: Path, global_step: int) -> None:
-        self.path = path
-        rows = [row for row in read_metrics(path) if row["step"] <= global_step] if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Every process has one; the main process writes. Resuming forgets the steps that come again.
+    """
+
+    def __init__(self, path: Path, global_step: int, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+        accelerator.init_trackers("latent-egc")
+        if accelerator.is_main_process:
+            rows = [row for row in read_metrics(path) if row["step"] <= global_step] if path.exists() else []
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Appends one row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")

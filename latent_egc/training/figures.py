@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from latent_egc.config import SamplingConfig
 from latent_egc.data.stream import noise_generator
 from latent_egc.pipelines import EGCPipeline
 
@@ -91,6 +92,17 @@ def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | N
         figure.text((name_width - 0.08) / figure_size[0], y, name, ha="right", va="center", fontsize=9)
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
+
+
+def save_samples(pipeline: EGCPipeline, config: SamplingConfig, path: Path, step: int) -> None:
+    """Writes a PNG of a run's samples at `step`, a row a class, from the same noise every time."""
+    names = list(pipeline.id2label.values())[: config.max_classes] or None
+    class_ids = None if names is None else list(range(len(names)))
+    images = sample_rows(
+        pipeline, class_ids, config.num_images_per_label, config.num_inference_steps, batch_size=config.batch_size
+    )
+    guidance = "unguided" if names is None else f"guidance {config.guidance_scale:g}"
+    save_grid(images, path, names, f"step {step}, {guidance}, {config.num_inference_steps} steps")
 
 
 def save_curves(metrics: list[dict[str, float]], path: str | Path) -> None:

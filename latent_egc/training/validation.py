@@ -1,58 +1,44 @@
 """Validation while training: accuracy at timestep 0 and a denoising loss that is the same quantity every time."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from latent_egc.config import Config
-from latent_egc.data.autoencoders import encode_moments, latent_shape, latents_from_moments
-from latent_egc.data.sources import CorruptImageError, ImageTable
+from latent_egc.data.autoencoders import latents_from_moments
 from latent_egc.data.stream import VALIDATION_NOISE, random_stream
-from latent_egc.data.views import central_view
+from latent_egc.data.views import Views
 from latent_egc.models import EnergyModel
+from latent_egc.models.noise_schedule import add_noise
 
 # Each image is noised to one timestep of a fixed grid: the middles of this many equal parts of [0, T).
 NUM_TIMESTEPS = 20
 
 
 def validation_latents(
-    config: Config, vae: ModelMixin | None, rows: Any, accelerator: Accelerator
+    views: Views, vae: ModelMixin | None, num_images: int | None, shape: tuple[int, int, int], accelerator: Accelerator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This process's share of the validation images, on the CPU: latents (M, C, h, w), labels and row numbers (M,)."""
-    count = min(len(rows), config.training.num_evaluation_samples or len(rows))
-    numbers = range(accelerator.process_index, count, accelerator.num_processes)
-    latents, labels, kept = [], [], []
-    cached = not isinstance(rows, ImageTable)
-    for first in tqdm(range(0, len(numbers), 64), desc="validation latents", disable=cached, leave=False):
-        batch, batch_numbers = [], []
-        for number in numbers[first : first + 64]:
-            try:
-                if cached:
-                    view = torch.from_numpy(rows[number]["moments"][0].astype(np.float32))
-                else:
-                    view = central_view(rows.image(number), config.data.image_size)
-            except CorruptImageError:
-                if not config.data.skip_corrupt:
-                    raise
-                continue
-            batch.append(view)
-            batch_numbers.append(number)
-        if batch:
-            views = torch.stack(batch)
-            moments = views if cached else encode_moments(vae, views)
-            latents.append(latents_from_moments(vae, moments).cpu())
-            labels += [int(rows[n]["label"]) if cached else int(rows.labels[n]) for n in batch_numbers]
-            kept += batch_numbers
-    shape = latent_shape(vae, config.data.image_size)
-    return torch.cat(latents) if latents else torch.empty(0, *shape), torch.tensor(labels), torch.tensor(kept)
+    """This process's share of the first `num_images` (None: of all) validation images, on the CPU.
+
+    Returns:
+        Latents (M, C, h, w), (C, h, w) being `shape`; labels (M,), -1 = unlabelled; row numbers (M,).
+    """
+    count = min(len(views), num_images or len(views))
+    shares = range(accelerator.process_index, count, accelerator.num_processes)
+    latents, labels, kept = [torch.empty(0, *shape)], [], []
+    for first in tqdm(range(0, len(shares), 64), desc="validation latents", leave=False):
+        found = views.central(shares[first : first + 64])
+        if found:
+            numbers, batch, batch_labels = zip(*found, strict=True)
+            latents.append(latents_from_moments(vae, views.moments(vae, torch.stack(batch))).cpu())
+            labels += batch_labels
+            kept += numbers
+    return torch.cat(latents), torch.tensor(labels), torch.tensor(kept)
 
 
 @torch.no_grad()
-def evaluate(
+def validate(
     model: EnergyModel,
     latents: torch.Tensor,
     labels: torch.Tensor,
@@ -82,8 +68,8 @@ def evaluate(
         timesteps = ((cells.double() + 0.5) * num_timesteps / NUM_TIMESTEPS).long()
         streams = [random_stream(0, VALIDATION_NOISE, number) for number in numbers[rows].tolist()]
         noise = torch.from_numpy(np.stack([stream.standard_normal(clean.shape[1:]) for stream in streams])).to(clean)
-        alpha, sigma = (level[:, None, None, None] for level in model.noise_levels(timesteps.to(clean.device)))
-        error = (model.epsilon(alpha * clean + sigma * noise, timesteps) - noise).square().sum(dim=(1, 2, 3))
+        noisy = add_noise(clean, noise, model.noise_levels(timesteps.to(clean.device)))
+        error = (model.epsilon(noisy, timesteps) - noise).square().sum(dim=(1, 2, 3))
         quarters = (cells * 4) // NUM_TIMESTEPS
         sums[2:6].index_add_(0, quarters, error.cpu().double())
         sums[6:10].index_add_(0, quarters, torch.full(quarters.shape, noise[0].numel(), dtype=torch.float64))

@@ -14,6 +14,7 @@ from tiny import tiny_kl, tiny_pipeline
 
 from latent_egc.commands import VERBS, main, train_main
 from latent_egc.config import parse_config
+from latent_egc.training.build import build_network
 
 MODEL = {
     "sample_size": 4,
@@ -262,7 +263,7 @@ def test_dry_run_prints_the_resolved_config_and_the_size_and_writes_nothing(call
     out = capsys.readouterr().out
     values = yaml.safe_load(out)
     assert values["training"]["max_steps"] == 7
-    model = parse_config(values).model.build()
+    model = build_network(parse_config(values).model)
     assert f"# EGCUNet: {sum(p.numel() for p in model.parameters()):,} parameters" in out
     assert "GiB activations at train_batch_size 64" in out
     assert sorted(tmp_path.rglob("*")) == before

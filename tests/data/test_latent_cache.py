@@ -15,11 +15,11 @@ from tiny import tiny_kl, tiny_taesd
 from latent_egc.config import Config, ConfigError, parse_config
 from latent_egc.data import latent_cache
 from latent_egc.data.autoencoders import encode_moments, load_autoencoder
-from latent_egc.data.latent_cache import CachedViews, encode, open_cache
+from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import CorruptImageError, load_splits
 from latent_egc.data.stream import CACHED_VIEW, random_stream
 from latent_egc.data.views import central_view, clean_view
-from latent_egc.training.loop import build_data
+from latent_egc.training.build import build_data
 
 MODEL = {
     "sample_size": 4,
@@ -69,8 +69,12 @@ def with_data(config: Config, **changes) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
+def encode(config: Config, **options) -> Path:
+    return latent_cache.encode(config.data, config.autoencoder, config.model["num_classes"], **options)
+
+
 def opened(config: Config) -> latent_cache.LatentCache:
-    return open_cache(config, load_autoencoder(config.autoencoder))
+    return open_cache(config.data, load_autoencoder(config.autoencoder), config.model["num_classes"] is not None)
 
 
 def shards(config: Config) -> dict[str, int]:
@@ -135,8 +139,7 @@ def test_views_without_flip_and_without_posterior(config, tmp_path):
 
 
 def test_unlabelled(config):
-    model = dataclasses.replace(config.model, arguments={**config.model.arguments, "num_classes": None})
-    unlabelled = dataclasses.replace(config, model=model)
+    unlabelled = dataclasses.replace(config, model={**config.model, "num_classes": None})
     encode(unlabelled)
     assert set(opened(unlabelled).train["label"][:].tolist()) == {-1}
     with pytest.raises(ConfigError, match="labelled: the cache has False, this run True"):
@@ -149,8 +152,10 @@ def test_label_fraction_needs_no_other_cache(config):
     partly = with_data(config, label_fraction=0.4)
     cache = opened(partly)
     vae = load_autoencoder(config.autoencoder)
-    views = build_data(partly, vae)[0]
-    pixel_views = build_data(with_data(partly, latent_cache=None), vae)[0]
+    views, pixel_views = (
+        build_data(data, vae, num_classes=2, seed=0).train
+        for data in (partly.data, with_data(partly, latent_cache=None).data)
+    )
     labels = [int(item["class_labels"]) for item in views.__getitems__(list(range(10)))]
     assert labels == [int(pixel_views[sample]["class_labels"]) for sample in range(10)]
     assert sorted(labels) == [-1] * 6 + [0, 0, 1, 1]

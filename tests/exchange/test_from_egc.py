@@ -16,6 +16,7 @@ from latent_egc.atomic import CheckpointError
 from latent_egc.commands import main
 from latent_egc.config import ConfigError, load_config
 from latent_egc.exchange.from_egc import egc_names, egc_unet, from_egc
+from latent_egc.training.build import build_network, resolve_model
 
 REFERENCE = SHARED / "egc_reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared/egc_reference")
@@ -152,7 +153,7 @@ def test_full_size_checkpoint_converts_completely():
     unet = egc_unet({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     assert sum(parameter.numel() for parameter in unet.parameters()) == 543_119_208
     with torch.device("meta"):
-        recipe = load_config(ROOT / "configs" / "imagenet256.yaml").model.build()
+        recipe = build_network(resolve_model(load_config(ROOT / "configs" / "imagenet256.yaml").model))
     assert public(unet.config) == public(recipe.config)
 
 

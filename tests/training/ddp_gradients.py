@@ -1,4 +1,4 @@
-"""Started by test_training.py, by torchrun or alone: OUT NUM_PROCESSES BACKBONE MODE.
+"""Started by test_loop.py, by torchrun or alone: OUT NUM_PROCESSES BACKBONE MODE.
 
 Writes the gradients of one global batch, by a model of several gradient buckets.
 """

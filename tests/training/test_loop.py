@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,101 +16,18 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT
+from tiny_runs import evaluations, finish, losses, run_config, run_values, start, wait_for_step
 
 from latent_egc import EGCPipeline
-from latent_egc.atomic import CheckpointError, replace_folder
 from latent_egc.config import ConfigError, TrainingConfig, parse_config
 from latent_egc.data.sources import load_splits
 from latent_egc.training.checkpoints import (
-    best_checkpoint,
     checkpoint_folders,
     read_metrics,
     read_record,
     resolve_pipeline,
 )
-from latent_egc.training.loop import NonFiniteLossError, Run, learning_rate_at, train
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one state a process; every run here is its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run_values(folder, **training):
-    """A run of a tiny network on the digits, through the packaged autoencoder."""
-    return {
-        "model": {
-            "sample_size": 8,
-            "in_channels": 4,
-            "num_classes": 10,
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "attention_levels": [1],
-            "num_attention_heads": 2,
-            "norm_num_groups": 4,
-        },
-        "objective": {"classification_weight": 0.1, "label_smoothing": 0.1},
-        "training": {
-            "max_steps": 4,
-            "train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "lr_schedule": "cosine",
-            "warmup_steps": 2,
-            "log_every": 1,
-            "evaluate_every": 4,
-            "sample_every": 1000,
-            "checkpoint_every": 4,
-            "num_evaluation_samples": 8,
-            "trackers": [],
-        }
-        | training,
-        "sampling": {"num_inference_steps": 2, "images_per_class": 1},
-        "output_dir": str(folder),
-    }
-
-
-def run_config(folder, **training):
-    return parse_config(run_values(folder, **training))
-
-
-def losses(folder):
-    """step -> its losses and gradient norm, as logged."""
-    keys = ("loss", "denoising_loss", "classification_loss", "grad_norm")
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return {row["step"]: tuple(row[key] for key in keys) for row in rows}
-
-
-def evaluations(folder):
-    """The validation rows, as logged."""
-    return [row for row in read_metrics(folder / "metrics.jsonl") if "validation_denoising_loss" in row]
-
-
-def start(config_values, *overrides, launcher=(), environment=None):
-    """train.py in a process of its own, one thread each so that sums are in the same order everywhere."""
-    folder = config_values["output_dir"]
-    config_file = f"{folder}.yaml"
-    with open(config_file, "w") as file:
-        yaml.safe_dump(config_values, file)
-    command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), config_file, *overrides]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_for_step(process, folder, step):
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and any(s >= step for s in losses(folder)):
-            return
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+from latent_egc.training.loop import NonFiniteLossError, learning_rate_at, train
 
 
 def test_smoke_run_reaches_its_golden_losses(tmp_path):
@@ -132,7 +48,7 @@ def test_smoke_run_reaches_its_golden_losses(tmp_path):
 
 
 def test_kill_minus_nine_and_resume_is_the_uninterrupted_run(tmp_path):
-    steps = {"max_steps": 40, "checkpoint_every": 5, "evaluate_every": 20}
+    steps = {"max_steps": 40, "checkpoint_every": 5, "validate_every": 20}
     whole, broken = (run_values(tmp_path / name, **steps) for name in ("whole", "broken"))
     uninterrupted = start(whole)
     process = start(broken)
@@ -152,7 +68,7 @@ def test_kill_minus_nine_and_resume_is_the_uninterrupted_run(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit(tmp_path, number):
-    values = run_values(tmp_path / "run", max_steps=2000, checkpoint_every=1000, evaluate_every=1000)
+    values = run_values(tmp_path / "run", max_steps=2000, checkpoint_every=1000, validate_every=1000)
     process = start(values)
     wait_for_step(process, tmp_path / "run", 3)
     process.send_signal(number)
@@ -162,15 +78,8 @@ def test_signals_save_and_exit(tmp_path, number):
     assert f"stopped at step {step}, checkpoint saved" in output
     assert step == max(losses(tmp_path / "run"))
     assert resolve_pipeline(tmp_path / "run") == checkpoint / "pipeline"
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run = Run(run_config(tmp_path / "run", **values["training"] | {"resume": "auto"}), accelerator())
-    assert run.global_step == step
-
-
-def accelerator():
-    from accelerate import Accelerator
-
-    return Accelerator()
+    output = finish(start(values, "training.resume=auto", f"training.max_steps={step}"))
+    assert f"resumed at step {step}\n" in output
 
 
 def half_labelled_parquet(folder, count=24):
@@ -205,8 +114,9 @@ def test_two_processes_train_as_one(tmp_path):
 )
 def test_two_processes_give_the_gradients_of_one(tmp_path, backbone, mode):
     """In several buckets, every parameter with a gradient, both losses active, some labels -1; one process is plain."""
-    script = str(ROOT / "tests" / "ddp_gradients.py")
+    script = str(ROOT / "tests" / "training" / "ddp_gradients.py")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT / "tests")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for launcher, processes, step in ((torchrun, 2, mode), ([sys.executable], 1, "plain")):
         command = [*launcher, script, str(tmp_path / f"{processes}.pt"), str(processes), backbone, step]
@@ -233,7 +143,7 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
 
 
 def test_final_pipeline_has_the_averaged_weights_and_the_validation_accuracy(tmp_path):
-    config = run_config(tmp_path / "run", learning_rate=1e-2, num_evaluation_samples=40, ema_decay=0.5)
+    config = run_config(tmp_path / "run", learning_rate=1e-2, num_validation_images=40, ema_decay=0.5)
     folder = train(config)
     pipeline = EGCPipeline.from_pretrained(folder / "pipeline")
     state = torch.load(folder / "checkpoints/step-00000004/state/custom_checkpoint_0.pkl", weights_only=True)
@@ -278,119 +188,12 @@ def test_learning_rate():
     assert 0 < learning_rate_at(11, cosine) < 0.1
 
 
-# --- failures lose nothing --------------------------------------------------------------------------------
-
-
 def test_not_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
-    config = run_config(tmp_path / "run", learning_rate=1e30, warmup_steps=0, checkpoint_every=1, evaluate_every=1)
+    config = run_config(tmp_path / "run", learning_rate=1e30, warmup_steps=0, checkpoint_every=1, validate_every=1)
     with pytest.raises(NonFiniteLossError, match=r"not finite at step \d.*step-0000000"):
         train(config)
     weights = checkpoint_folders(tmp_path / "run")[0] / "pipeline/energy_model/diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size > 1000
-
-
-def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    from accelerate import Accelerator
-
-    save_state, calls = Accelerator.save_state, []
-
-    def full_on_the_second_call(self, folder, **options):
-        save_state(self, folder, **options)
-        calls.append(folder)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Accelerator, "save_state", full_on_the_second_call)
-    with pytest.raises(CheckpointError, match=r"step-00000002 could not be written.*No space left on device"):
-        train(run_config(tmp_path / "run", checkpoint_every=1, evaluate_every=1))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.undo()
-    train(run_config(tmp_path / "run", checkpoint_every=1, evaluate_every=1, resume="auto"))
-    assert set(losses(tmp_path / "run")) == {1, 2, 3, 4}
-
-
-def test_replacing_a_folder_keeps_the_old_one_on_failure(tmp_path):
-    replace_folder(tmp_path / "a", lambda folder: (folder / "x").write_text("old"))
-
-    def fail(folder):
-        (folder / "x").write_text("new")
-        raise OSError("disk full")
-
-    with pytest.raises(CheckpointError, match="disk full"):
-        replace_folder(tmp_path / "a", fail)
-    assert (tmp_path / "a" / "x").read_text() == "old"
-    replace_folder(tmp_path / "a", lambda folder: (folder / "x").write_text("new"))
-    assert (tmp_path / "a" / "x").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_run_is_not_overwritten_without_being_told(tmp_path):
-    folder = train(run_config(tmp_path / "run", max_steps=1))
-    before = (folder / "metrics.jsonl").read_text()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ConfigError, match="already holds files"):
-        train(run_config(folder))
-    assert (folder / "metrics.jsonl").read_text() == before
-    with pytest.raises(ConfigError, match="contradict"):
-        train(run_config(folder, overwrite=True, resume="auto"))
-    train(run_config(folder, max_steps=2, overwrite=True))
-    assert set(losses(folder)) == {1, 2}
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ConfigError, match="does not look like a run"):
-        train(run_config(tmp_path / "mine", overwrite=True))
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-
-
-def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
-    folder = train(run_config(tmp_path / "run", max_steps=1))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    values = run_values(folder, max_steps=2, resume="auto")
-    values["model"]["block_out_channels"] = [8, 24]
-    with pytest.raises(ConfigError, match=r"model\.block_out_channels was \[8, 16\]"):
-        train(parse_config(values))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.warns(UserWarning, match=r"training\.seed=5, it was 0"):
-        train(run_config(folder, max_steps=1, resume="auto", seed=5))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    weights = next((checkpoint_folders(folder)[-1] / "state").glob("model*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged.*delete that folder"):
-        train(run_config(folder, max_steps=2, resume="auto", seed=5))
-
-
-def test_newest_and_best_checkpoints_are_kept(tmp_path):
-    from latent_egc.training.checkpoints import CheckpointRecord, prune_checkpoints, write_record
-
-    for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
-        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
-        checkpoint.mkdir(parents=True)
-        write_record(checkpoint, CheckpointRecord(step, score))
-    prune_checkpoints(tmp_path, keep=2)
-    assert [read_record(folder).global_step for folder in checkpoint_folders(tmp_path)] == [2, 4, 5]
-    assert read_record(best_checkpoint(tmp_path)).global_step == 2
-    (tmp_path / "checkpoints/step-00000005/checkpoint.json").write_text("{")
-    with pytest.raises(CheckpointError, match="step-00000005 cannot be read"):
-        best_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        ("model", {"in_channels": 3}, r"model\.in_channels must be 4"),
-        ("model", {"sample_size": 16}, r"model\.sample_size must be 8"),
-        ("model", {"num_classes": 7}, r"model\.num_classes=7"),
-        ("data", {"image_size": 30}, r"data\.image_size must be divisible by the autoencoder's factor 4, got 30"),
-    ],
-)
-def test_misfits_are_found_before_anything_is_written(tmp_path, section, change, message):
-    values = run_values(tmp_path / "run")
-    values[section] = values.get(section, {}) | change
-    with pytest.raises(ConfigError, match=message):
-        train(parse_config(values))
-    assert not (tmp_path / "run").exists()
 
 
 def test_corrupt_training_image_is_named_or_skipped_and_counted(tmp_path):

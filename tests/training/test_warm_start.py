@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_BACKBONES, tiny_pipeline, tiny_transformer, tiny_unet
-from tiny_runs import fresh_accelerator, run_values  # noqa: F401
+from tiny_runs import run_values
 
 from latent_egc.config import ConfigError, parse_config
 from latent_egc.training.checkpoints import resolve_pipeline
@@ -101,7 +101,7 @@ def test_nothing_is_written_where_it_cannot_be_loaded(tmp_path):
     values = run_values(tmp_path / "run")
     values["model"]["init_from"] = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"model.init_from: no such folder"):
-        parse_config(values)
+        train(parse_config(values))
     tiny_unet().save_pretrained(tmp_path / "other")
     values["model"]["init_from"] = str(tmp_path / "other")
     with pytest.raises(ConfigError, match="in_channels is 2 there, 4 here"):

@@ -20,6 +20,7 @@ from latent_egc.data.latent_cache import encode
 from latent_egc.measuring.attacks import Attacker, DenoisedClassifier, PixelClassifier, Threat
 from latent_egc.measuring.suites import robustness
 from latent_egc.measuring.suites.robustness import Trial
+from latent_egc.training.build import build_network, resolve_model
 
 CPU = torch.device("cpu")
 FAST = [
@@ -311,20 +312,20 @@ def test_plain_classifier_of_a_run(tmp_path, monkeypatch, capsys, pixel_space):
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     config = load_config(tmp_path / "run" / "config.yaml")
     if not pixel_space:
-        encode(config)
+        encode(config.data, config.autoencoder, num_classes=3)
     script = str(ROOT / "experiments" / "train_plain_classifier.py")
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "run"), str(tmp_path / "plain")])
     runpy.run_path(script, run_name="__main__")
     assert "validation accuracy" in capsys.readouterr().out
 
-    pipeline = EGCPipeline.from_pretrained(tmp_path / "plain")
+    pipeline = EGCPipeline.from_pretrained(tmp_path / "plain" / "pipeline")
     assert list(pipeline.id2label.values()) == ["cat", "cow", "dog"]
     assert (pipeline.vae is None) == pixel_space
     torch.manual_seed(config.training.seed)
-    fresh = config.model.build()
+    fresh = build_network(resolve_model(config.model))
     moved = [(a - b).abs().max() for a, b in zip(pipeline.energy_model.parameters(), fresh.parameters(), strict=True)]
     # Adam's first steps have the learning rate's length; the output map starts at zero and keeps layers before it
     # from moving in the first step.
     assert 0.01 <= max(moved) <= 0.021
-    with pytest.raises(ConfigError, match="already holds something; choose another folder"):
+    with pytest.raises(ConfigError, match=r"already holds files; .* or choose another folder"):
         runpy.run_path(script, run_name="__main__")

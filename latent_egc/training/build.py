@@ -1,0 +1,157 @@
+"""From a configuration to the parts of a run: the energy network, its data, the pipeline that it saves.
+
+The constructor of a backbone is the one list of the keys that `model` may have.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from diffusers import ModelMixin
+
+from latent_egc.config import Config, ConfigError, DataConfig, check_folder, parse_fields
+from latent_egc.data.autoencoders import latent_shape, load_autoencoder
+from latent_egc.data.latent_cache import CachedViews, open_cache
+from latent_egc.data.sources import load_splits
+from latent_egc.data.views import PixelViews, Views
+from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
+from latent_egc.pipelines import EGCPipeline
+from latent_egc.pipelines.schedulers import default_scheduler
+
+BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet, "transformer": EGCTransformer}
+
+
+def resolve_model(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model` section with every default: backbone, init_from (weights to start from), the constructor's arguments.
+
+    Raises:
+        ConfigError: an unknown backbone or key (with a suggestion), a wrong type, a missing argument, or an `init_from`
+            that is not there.
+    """
+    backbone = section.get("backbone", "unet")
+    if not isinstance(backbone, str) or backbone not in BACKBONES:
+        raise ConfigError(f"model.backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+    parameters = [p for p in inspect.signature(BACKBONES[backbone].__init__).parameters.values() if p.name != "self"]
+    fields = {p.name: (p.annotation, None) for p in parameters} | {"init_from": (str | None, None)}
+    given = parse_fields(fields, {key: value for key, value in section.items() if key != "backbone"}, "model")
+    resolved = {"backbone": backbone, "init_from": None} | {p.name: p.default for p in parameters} | given
+    check_folder(resolved["init_from"], "model.init_from")
+    return resolved
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with its `model` resolved: what config.yaml holds. Raises ConfigError as `resolve_model`."""
+    return dataclasses.replace(config, model=resolve_model(config.model))
+
+
+def build_network(model: Mapping[str, Any]) -> EnergyModel:
+    """A freshly initialised network from a resolved `model` section; `init_from` is not looked at.
+
+    Raises:
+        ConfigError: arguments that contradict each other.
+    """
+    arguments = {key: value for key, value in model.items() if key not in ("backbone", "init_from")}
+    try:
+        return BACKBONES[model["backbone"]](**arguments)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def build_model(model: Mapping[str, Any], shape: tuple[int, int, int]) -> EnergyModel:
+    """`build_network`, checked against the latents' shape (C, h, w).
+
+    Raises:
+        ConfigError: a resolved `model` section that contradicts itself or the latents.
+    """
+    network = build_network(model)
+    for key, wanted, reason in (
+        ("in_channels", shape[0], "the channels of the latents"),
+        ("sample_size", shape[1], "data.image_size through the autoencoder"),
+    ):
+        if network.config[key] != wanted:
+            raise ConfigError(f"model.{key} must be {wanted}, {reason}, got {network.config[key]}")
+    return network
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run sees: its two splits, their class names (none for an unlabelled model), where they come from."""
+
+    train: Views
+    validation: Views
+    class_names: list[str]
+    source: str
+
+
+def build_data(data: DataConfig, vae: ModelMixin | None, num_classes: int | None, seed: int) -> Data:
+    """The latent cache where there is one, else the images.
+
+    Args:
+        data: the run's section.
+        vae: the run's autoencoder; None is pixel space.
+        num_classes: K of the model; None ignores labels.
+        seed: of the stream's order and augmentation, and of which labels are kept.
+
+    Raises:
+        ConfigError: data that cannot be used, or a cache of other data, views or autoencoder.
+    """
+    if data.latent_cache is not None:
+        cache = open_cache(data, vae, num_classes is not None)
+        train = CachedViews(cache.train, seed, data.label_fraction)
+        validation, names = CachedViews(cache.validation, seed), cache.class_names
+        return Data(
+            train, validation, names, f"the latent cache {data.latent_cache} ({len(train)} + {len(validation)} images)"
+        )
+    splits = load_splits(data, num_classes)
+    train, validation = (PixelViews(table, data, seed) for table in (splits.train, splits.validation))
+    encoder = "as they are" if vae is None else f"encoded by {type(vae).__name__} at every step"
+    source = f"pixels of {data.dataset} ({len(train)} + {len(validation)} images), {encoder}"
+    return Data(train, validation, splits.class_names, source)
+
+
+def build_pipeline(
+    model: EnergyModel, vae: ModelMixin | None, class_names: list[str], guidance_scale: float
+) -> EGCPipeline:
+    """The pipeline that a run saves and draws its grids with."""
+    return EGCPipeline(
+        energy_model=model,
+        vae=vae,
+        scheduler=default_scheduler(model),
+        id2label=dict(enumerate(class_names)),
+        default_guidance_scale=guidance_scale,
+    )
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration with the network's size and a rough estimate of the training step's memory.
+
+    The activations are estimated as four times the outputs of all layers: the forward pass, its input gradient and what
+    the second backward keeps of both, and the clean batch.
+
+    Raises:
+        ConfigError: something in the configuration cannot be used.
+    """
+    config = resolve(config)
+    shape = latent_shape(load_autoencoder(config.autoencoder), config.data.image_size)
+    with torch.device("meta"):
+        model = build_model(config.model, shape)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    sizes: list[int] = []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    batch_size = config.training.train_batch_size
+    model(torch.empty(batch_size, *shape, device="meta"), torch.zeros(batch_size, dtype=torch.long, device="meta"))
+    bytes_per_activation = 2 if config.training.mixed_precision == "bf16" else 4
+    # float32 weights, gradients, two Adam moments and the average
+    state, activations = 20 * num_parameters, 4 * bytes_per_activation * sum(sizes)
+    return (
+        yaml.safe_dump(config.to_dict(), sort_keys=False)
+        + f"# {type(model).__name__}: {num_parameters:,} parameters\n"
+        + f"# memory per device, estimated: {state / 2**30:.2f} GiB weights, gradients, optimiser and average; "
+        + f"{activations / 2**30:.2f} GiB activations at train_batch_size {batch_size}\n"
+    )

@@ -1,0 +1,100 @@
+"""The training stream: every sample is a function of (seed, number)."""
+
+from itertools import chain
+
+import pytest
+import torch
+from tiny_images import write_folder
+from torch.utils.data import DataLoader
+
+from latent_egc.config import DataConfig
+from latent_egc.data.sources import load_splits
+from latent_egc.data.stream import BatchSchedule, SampleStream, TrainingSamples, sample_draws
+from latent_egc.data.views import PixelViews
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (3, 1), (2, 4)])
+def test_processes_and_micro_batches_partition_the_stream(num_processes, accumulation):
+    def samples(first, last):
+        """For every step the sorted samples of all processes."""
+        schedules = [
+            list(BatchSchedule(first, last, 5, accumulation, process, num_processes))
+            for process in range(num_processes)
+        ]
+        assert all(len(schedule) == (last - first) * accumulation for schedule in schedules)
+        per_step = []
+        for step in range(last - first):
+            micro = slice(step * accumulation, (step + 1) * accumulation)
+            per_step.append(sorted(s for schedule in schedules for batch in schedule[micro] for s in batch))
+        return per_step
+
+    whole = samples(0, 6)
+    assert list(chain(*whole)) == list(range(6 * 5 * accumulation * num_processes))
+    for resumed_at in range(6):
+        assert samples(0, resumed_at) + samples(resumed_at, 6) == whole
+
+
+def test_global_batch_does_not_depend_on_how_it_is_shared():
+    """Two processes, two accumulation steps and one large batch see the same samples in the same step."""
+    shares = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2)]
+    steps = []
+    for batch_size, accumulation, num_processes in shares:
+        batches = [
+            b for p in range(num_processes) for b in BatchSchedule(3, 4, batch_size, accumulation, p, num_processes)
+        ]
+        steps.append(sorted(chain(*batches)))
+    assert all(step == list(range(24, 32)) for step in steps)
+
+
+def test_each_epoch_is_another_permutation():
+    stream = SampleStream(50, seed=3)
+    epochs = [[stream.image_index(epoch * 50 + i) for i in range(50)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [SampleStream(50, seed=3).image_index(s) for s in (149, 7, 60)] == [
+        epochs[2][49],
+        epochs[0][7],
+        epochs[1][10],
+    ]
+    assert [SampleStream(50, seed=4).image_index(s) for s in range(50)] != epochs[0]
+
+
+def test_draws_are_a_function_of_seed_and_sample():
+    def draws(seed, sample):
+        return sample_draws(seed, sample, (2, 4, 4), 1000, 0.5)
+
+    first = draws(0, 5)
+    draws(0, 6)
+    assert all(torch.equal(value, first[key]) for key, value in draws(0, 5).items())
+    for other in (draws(0, 6), draws(1, 5)):
+        assert not torch.equal(other["noise"], first["noise"])
+    assert not torch.equal(first["noise"], first["posterior_noise"])
+    assert not torch.equal(first["posterior_noise"], first["clean_posterior_noise"])
+
+
+def test_draws_are_standard_normal_uniform_and_uncorrelated():
+    rows = [sample_draws(0, sample, (2, 4, 4), 1000, 0.1) for sample in range(4000)]
+    for key in ("noise", "posterior_noise", "clean_posterior_noise"):
+        values = torch.stack([row[key] for row in rows])
+        assert values.dtype == torch.float32
+        assert abs(values.mean()) < 0.01
+        assert abs(values.var() - 1) < 0.02
+        assert (values[:-1] * values[1:]).mean().abs() < 0.01
+    timesteps = torch.stack([row["timesteps"] for row in rows])
+    assert timesteps.dtype == torch.long
+    assert 0 <= timesteps.min() < 10 < 990 < timesteps.max() < 1000
+    counts = torch.bincount(timesteps // 100, minlength=10)
+    assert ((counts - 400).abs() < 80).all()  # four standard deviations
+    assert abs(torch.stack([row["label_dropped"] for row in rows]).float().mean() - 0.1) < 0.02
+
+
+def test_workers_give_what_the_main_process_gives(tmp_path):
+    config = DataConfig(**{**vars(write_folder(tmp_path / "images")), "horizontal_flip": True})
+    views = PixelViews(load_splits(config, 2).train, config, seed=1)
+    samples = TrainingSamples(views, 1, (2, 4, 4), 1000, 0.1)
+    schedule = BatchSchedule(2, 6, 4)
+    alone, shared = (list(DataLoader(samples, batch_sampler=schedule, num_workers=n)) for n in (0, 2))
+    assert len(alone) == len(shared) == 4
+    for batch, other in zip(alone, shared, strict=True):
+        assert set(batch) == set(other)
+        assert all(torch.equal(batch[key], other[key]) for key in batch)

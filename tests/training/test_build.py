@@ -1,0 +1,24 @@
+"""From a configuration to the parts of a run."""
+
+import pytest
+from tiny_runs import run_values
+
+from latent_egc.config import ConfigError, parse_config
+from latent_egc.training.loop import train
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"in_channels": 3}, r"model\.in_channels must be 4"),
+        ("model", {"sample_size": 16}, r"model\.sample_size must be 8"),
+        ("model", {"num_classes": 7}, r"model\.num_classes=7"),
+        ("data", {"image_size": 30}, r"data\.image_size must be divisible by the autoencoder's factor 4, got 30"),
+    ],
+)
+def test_misfits_are_found_before_anything_is_written(tmp_path, section, change, message):
+    values = run_values(tmp_path / "run")
+    values[section] = values.get(section, {}) | change
+    with pytest.raises(ConfigError, match=message):
+        train(parse_config(values))
+    assert not (tmp_path / "run").exists()
