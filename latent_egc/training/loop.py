@@ -107,7 +107,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         + (f"\nresumed at step {step}" if step else "")
     )
     # Here is the place of training.check_gradients; `next(micro_batches(...))` has the objective's inputs.
-    batches = micro_batches(config, data.train, vae, shape, step, accelerator)
+    batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
     with running(accelerator, step, training.max_steps) as (progress, stops):
         while step < training.max_steps:
@@ -186,11 +186,7 @@ def prepare(
     if training.compile:
         objective.forward = CompiledForward(objective)
     objective = accelerator.prepare(objective)
-    options = {
-        "lr": training.learning_rate,
-        "betas": training.adam_betas,
-        "weight_decay": training.weight_decay,
-    }
+    options = {"lr": training.learning_rate, "betas": training.adam_betas, "weight_decay": training.weight_decay}
     if training.shard_optimizer and accelerator.num_processes > 1:  # each process keeps a part of the state
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, **options)
     else:
@@ -214,25 +210,15 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def micro_batches(
-    config: Config,
-    views: Views,
-    vae: ModelMixin | None,
-    shape: tuple[int, int, int],
-    first_step: int,
-    accelerator: Accelerator,
+    config: Config, views: Views, vae: ModelMixin | None, first_step: int, accelerator: Accelerator
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """This process's micro-batches from a step on: the objective's inputs, and how many corrupt images were skipped."""
     training, workers = config.training, config.data.num_workers
     num_timesteps, num_classes = config.model["num_train_timesteps"], config.model["num_classes"]
+    shape = latent_shape(vae, config.data.image_size)
     samples = TrainingSamples(views, training.seed, shape, num_timesteps, config.objective.label_drop)
-    schedule = BatchSchedule(
-        first_step,
-        training.max_steps,
-        training.train_batch_size,
-        training.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
+    schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
     for batch in DataLoader(samples, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0):
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         inputs = objective_inputs(batch, views, vae, config.autoencoder.sample_posterior, num_classes is not None)
@@ -244,12 +230,8 @@ def objective_inputs(
 ) -> dict[str, torch.Tensor]:
     """The arguments of `EGCObjective.forward` for one micro-batch of `TrainingSamples`, on the batch's device.
 
-    Args:
-        batch: see `Views` and `sample_draws`.
-        views: what the batch's views came from.
-        vae: the run's autoencoder; None is pixel space.
-        sample_posterior: latents are samples of the autoencoder's posterior; False: its means.
-        labelled: the model has classes.
+    With `sample_posterior` latents are samples of the autoencoder's posterior, else its means; `labelled`: the model
+    has classes.
     """
 
     def latents(view: str, posterior_noise: str) -> torch.Tensor:
@@ -269,7 +251,7 @@ class StepResult(NamedTuple):
 
     values: dict[str, float]  # means of the objective's losses, and grad_norm
     num_skipped: int  # corrupt images
-    stop: bool  # a process was asked to stop
+    stop: bool  # some process was asked to
 
 
 def accumulate_gradients(
@@ -279,15 +261,7 @@ def accumulate_gradients(
     accelerator: Accelerator,
     stops: list[int],
 ) -> StepResult:
-    """The gradients of one step, clipped, from as many of the micro-batches as belong to it.
-
-    Args:
-        objective: as prepared by the accelerator.
-        batches: from `micro_batches`.
-        training: the run's section.
-        accelerator: adds up over the processes.
-        stops: the signals that this process received.
-    """
+    """The gradients of one step, clipped, from the next of `micro_batches`; `stops`: the signals received here."""
     # loss, denoising_loss, classification_loss, images skipped, processes asked to stop
     totals = torch.zeros(5, device=accelerator.device)
     for _ in range(training.gradient_accumulation_steps):
