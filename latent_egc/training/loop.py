@@ -151,10 +151,10 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
             if stopped:
                 accelerator.print(f"stopped at step {step}, checkpoint saved; training.resume=auto goes on from here")
                 return folder
-    if accelerator.is_main_process:
-        replace_folder(folder / "pipeline", save_pipeline)
-        save_curves(read_metrics(metrics.path), folder / "curves.png")
-    accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            replace_folder(folder / "pipeline", save_pipeline)
+            save_curves(read_metrics(metrics.path), folder / "curves.png")
+        accelerator.wait_for_everyone()
     return folder
 
 
