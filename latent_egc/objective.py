@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latent_egc.models.energy import EnergyModel
+from latent_egc.models.energy import NULL_LABEL, EnergyModel
+from latent_egc.models.noise_schedule import add_noise
+from latent_egc.models.potentials import energy_potential, input_gradient
+
+UNLABELLED = -1
 
 
 class EGCLosses(NamedTuple):
@@ -88,26 +92,34 @@ class EGCObjective(nn.Module):
         if num_classes is not None:
             if class_labels is None or clean_latents is None:
                 raise ValueError("a model with classes needs class_labels and clean_latents")
-            model.check_labels("class_labels", class_labels, num_rows, lowest=-1)
+            model.check_labels("class_labels", class_labels, num_rows, lowest=UNLABELLED)
 
-        alpha, sigma = model.noise_levels(timesteps)
-        noisy_latents = alpha[:, None, None, None] * latents + sigma[:, None, None, None] * noise
+        levels = alpha, _ = model.noise_levels(timesteps)
+        noisy_latents = add_noise(latents, noise, levels)
         embedded_labels = None
         if model.config.class_embedding:
-            embedded_labels = class_labels if label_dropped is None else class_labels.masked_fill(label_dropped, -1)
-        epsilon, output = model.epsilon_and_output(noisy_latents, timesteps, embedded_labels)
+            seen = class_labels != UNLABELLED
+            if label_dropped is not None:
+                seen = seen & ~label_dropped
+            embedded_labels = torch.where(seen, class_labels, NULL_LABEL)
+        epsilon, (output,) = input_gradient(energy_potential(model, embedded_labels), noisy_latents, timesteps)
         denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
         if num_classes is None:
             return EGCLosses(denoising_loss, denoising_loss, torch.zeros_like(denoising_loss))
 
         clean_timesteps = torch.zeros_like(timesteps)
         clean_alpha, _ = model.noise_levels(clean_timesteps)
-        # The noisy rows' logits come from the very pass whose energy was differentiated.
-        logits = torch.cat([output.logits, model(clean_latents, clean_timesteps).logits])  # (2N, K)
+        if model.config.class_embedding:
+            # The classifier must not see the label that the energy sees. What it sees needs no second derivative.
+            all_latents = torch.cat([noisy_latents, clean_latents])
+            logits = model(all_latents, torch.cat([timesteps, clean_timesteps])).logits  # (2N, K)
+        else:
+            # The noisy rows' logits come from the very pass whose energy was differentiated.
+            logits = torch.cat([output.logits, model(clean_latents, clean_timesteps).logits])  # (2N, K)
         cross_entropy = F.cross_entropy(
             logits,
             torch.cat([class_labels, class_labels]),
-            ignore_index=-1,
+            ignore_index=UNLABELLED,
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
@@ -128,17 +140,19 @@ class CompiledForward:
     """
 
     def __init__(self, objective: EGCObjective, **options: Any) -> None:
-        # DDP would have the graph split by its gradient buckets, and a part of it cannot be differentiated twice.
-        torch._dynamo.config.optimize_ddp = False
-        # A backward pass that does not compile shall be found by the forward, where there is something to fall back to.
-        torch._functorch.config.force_non_lazy_backward_lowering = True
         self.plain = objective.forward
         self.compiled = torch.compile(self.plain, fullgraph=True, dynamic=False, **options)
 
     def __call__(self, *arguments: Any, **named_arguments: Any) -> EGCLosses:
         """As `EGCObjective.forward`."""
         try:
-            return self.compiled(*arguments, **named_arguments)
+            with (
+                # DDP would have the graph split by its gradient buckets, and a part cannot be differentiated twice.
+                torch._dynamo.config.patch(optimize_ddp=False),
+                # A backward pass that does not compile is found by the forward, where something can be fallen back to.
+                torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+            ):
+                return self.compiled(*arguments, **named_arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             if self.compiled is self.plain:
                 raise

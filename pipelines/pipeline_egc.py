@@ -5,21 +5,22 @@ one forward pass on clean latents at timestep 0, the published convention. This 
 weights, so it imports torch, diffusers and the standard library only.
 """
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .class_names import ClassLabels, label_ids
 from .images import preprocess_images, scale_latents, unscale_latents, vae_scale_factor
+from .schedulers import check_scheduler
 
 PIXELS_DECODED_AT_ONCE = 2**20  # 16 images of 256 px
 
@@ -39,21 +40,6 @@ class EGCClassificationOutput(BaseOutput):
     probabilities: torch.Tensor
     labels: list[list[str]]
     energy: torch.Tensor
-
-
-def default_scheduler(energy_model: ModelMixin) -> DDIMScheduler:
-    """A DDIM scheduler on the energy network's own noise schedule, which ends on clean latents and clips nothing."""
-    config = energy_model.config
-    return DDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.beta_schedule,
-        prediction_type="epsilon",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=0,
-    )
 
 
 def _align_weights(module: ModelMixin | None) -> None:
@@ -107,7 +93,7 @@ class EGCPipeline(DiffusionPipeline):
         self.register_modules(energy_model=energy_model, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, default_guidance_scale=default_guidance_scale)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._check_scheduler()
+        check_scheduler(self.scheduler, self.energy_model)
         for module in (energy_model, vae):
             _align_weights(module)
 
@@ -209,7 +195,7 @@ class EGCPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        class_labels: ClassLabels | None = None,
         num_images_per_label: int = 1,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
@@ -267,7 +253,7 @@ class EGCPipeline(DiffusionPipeline):
             output_type,
             num_images,
         )
-        self._check_scheduler()
+        check_scheduler(self.scheduler, self.energy_model)
 
         device = self._execution_device
         if labels is not None:
@@ -320,35 +306,9 @@ class EGCPipeline(DiffusionPipeline):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor | None) -> torch.Tensor | None:
+    def label_ids(self, class_labels: ClassLabels | None) -> torch.Tensor | None:
         """Ids, names, one or many -> (L,) int64; None stays None. Raises ValueError on an unknown id or name."""
-        if class_labels is None:
-            return None
-        num_classes = self.energy_model.config.num_classes
-        if num_classes is None:
-            raise ValueError(f"this model was trained without classes, got class_labels={class_labels!r}")
-        if torch.is_tensor(class_labels):
-            class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        label2id = {name: i for i, name in self.id2label.items()}
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                if label not in label2id:
-                    close = difflib.get_close_matches(label, label2id, n=3)
-                    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
-                    names = ", ".join(list(label2id)[:20]) + (", ..." if len(label2id) > 20 else "")
-                    raise ValueError(
-                        f"unknown class name {label!r} in class_labels; {hint or 'the names are ' + names}"
-                    )
-                label = label2id[label]
-            if not isinstance(label, int) or not 0 <= label < num_classes:
-                raise ValueError(f"class_labels must be names or ids in [0, {num_classes}), got {label!r}")
-            ids.append(label)
-        if not ids:
-            raise ValueError("class_labels is empty; None samples without labels")
-        return torch.tensor(ids)
+        return None if class_labels is None else label_ids(class_labels, self.id2label)
 
     def _check_call(
         self,
@@ -395,19 +355,3 @@ class EGCPipeline(DiffusionPipeline):
                 raise ValueError("latents must be finite, got NaN or infinite values")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-
-    def _check_scheduler(self) -> None:
-        """The energy network owns its noise schedule; a scheduler on another one would sample nonsense silently."""
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError(f"{name} has prediction_type {config.prediction_type!r}, this pipeline needs 'epsilon'")
-        own = self.energy_model.alphas_cumprod.float().cpu()
-        other = getattr(self.scheduler, "alphas_cumprod", None)
-        if other is None or own.shape != other.shape or not torch.allclose(own, other.float().cpu(), atol=1e-5):
-            fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-            needed = {field: self.energy_model.config[field] for field in fields}
-            received = {field: config.get(field) for field in fields}
-            raise ValueError(
-                f"{name} has another noise schedule than the energy network: it needs {needed}, got {received}; build "
-                f"it with {name}.from_config(pipeline.scheduler.config)"
-            )

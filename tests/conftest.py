@@ -3,7 +3,16 @@
 import datasets
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny import tiny_pipeline, write_images
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps one state a process; what uses this begins and ends without one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

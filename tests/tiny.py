@@ -10,7 +10,7 @@ from PIL import Image
 
 from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.config import DataConfig
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,3 +103,41 @@ def write_images(folder: Path, classes=("cat", "cow", "dog"), per_class: int = 7
             pixels = rng.integers(60 * level, 60 * level + 120, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return DataConfig(dataset="imagefolder", data_dir=str(folder), image_size=8, validation_fraction=1 / 3)
+
+
+def gaussian_potential(model: EnergyModel, std: float):
+    """U(z, t) of latents from N(0, std^2 I), on the noise schedule of `model`."""
+
+    def potential(latents, timesteps):
+        alpha, sigma = model.noise_levels(torch.as_tensor(timesteps))
+        return sigma * latents.square().sum(dim=(1, 2, 3)) / (2 * (alpha**2 * std**2 + sigma**2)), []
+
+    return potential
+
+
+def bf16_convolution_is_right() -> bool:
+    """Whether torch's bf16 double backward of a 3x3 convolution over 8 rows is right here; see docs/decisions.md."""
+    generator = torch.Generator().manual_seed(0)
+    latents, weight = (torch.randn(8, 8, *size, generator=generator) for size in ((8, 8), (3, 3)))
+
+    def gradient(dtype):
+        z, w = (tensor.to(dtype).requires_grad_() for tensor in (latents, weight))
+        (first,) = torch.autograd.grad(torch.nn.functional.conv2d(z, w, padding=1).square().sum(), z, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), w)[0].float()
+
+    exact = gradient(torch.float32)
+    return bool((gradient(torch.bfloat16) - exact).norm() < 0.1 * exact.norm())
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(pipeline, *labels, **arguments):
+    arguments = {"num_inference_steps": 3, "generator": generator(), "output_type": "pt"} | arguments
+    return pipeline(*labels, **arguments).images
+
+
+def gradient_image(width=20, height=12):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))

@@ -21,7 +21,7 @@ from latent_egc.config import AutoencoderConfig, ConfigError
 from latent_egc.data.autoencoders import load_autoencoder
 from latent_egc.models import EGCUNet, EnergyModel
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 
 # Stable Diffusion's autoencoder with a better decoder; the encoder, which makes the latents, is the same.
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-mse"

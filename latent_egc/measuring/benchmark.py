@@ -158,7 +158,7 @@ def published_kernels() -> Iterator[None]:
 def noise_prediction_step(work: Workload) -> tuple[torch.Tensor, ...]:
     """The step of an ordinary diffusion model: 3 units."""
     with work.autocast():
-        predicted = work.noise_predictor.network(work.noisy_latents, work.timesteps, None, twice_differentiable=False)
+        predicted = work.noise_predictor.network(work.noisy_latents, work.timesteps, None)
         loss = F.mse_loss(at_least_float32(predicted[0]), work.noise)
     return torch.autograd.grad(loss, tuple(work.noise_predictor.parameters()))
 
@@ -245,7 +245,7 @@ def classifier_free_step(work: Workload) -> torch.Tensor:
     """Classifier-free guidance of a noise predictor, with and without label as one batch of 2N rows: 2 units."""
     with work.autocast():
         latents, timesteps = (torch.cat([tensor, tensor]) for tensor in (work.noisy_latents, work.timesteps))
-        predicted, _ = work.noise_predictor.network(latents, timesteps, None, twice_differentiable=False)
+        predicted, _ = work.noise_predictor.network(latents, timesteps, None)
         unconditional, conditional = predicted.chunk(2)
         return unconditional + GUIDANCE_SCALE * (conditional - unconditional)
 
@@ -261,7 +261,7 @@ def classification(work: Workload) -> torch.Tensor:
 def plain_forward(work: Workload) -> torch.Tensor:
     """The noise predictor's output (N, C, h, w): 1 unit."""
     with work.autocast():
-        return work.noise_predictor.network(work.latents, work.timesteps, None, twice_differentiable=False)[0]
+        return work.noise_predictor.network(work.latents, work.timesteps, None)[0]
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------

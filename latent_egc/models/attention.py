@@ -1,8 +1,4 @@
-"""Attention that can be differentiated twice, or that is fused: by what the caller asks for.
-
-Training an energy differentiates twice, and fused kernels have no second derivative; sampling and classification
-differentiate at most once, and want the fused kernels. The choice is an argument, so that it is still there when a
-forward pass is recomputed, and nothing process-wide changes.
+"""Attention that can be differentiated twice, or that is fused: by what the running pass needs, see numerics.py.
 
 Over many tokens the twice differentiable kernel works on one chunk of queries after the other and recomputes the
 attention weights in every pass, so that its memory grows linearly with the number of tokens. In the formulas, for the
@@ -23,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .energy import at_least_float32, without_autocast
+from .numerics import at_least_float32, is_twice_differentiable, without_autocast
 
 # From this many scores a query row on, the twice differentiable kernel is the chunked one: see `latent-egc benchmark`.
 CHUNKED_FROM_TOKENS = 1024
@@ -31,21 +27,20 @@ CHUNKED_FROM_TOKENS = 1024
 QUERIES_PER_CHUNK = 128
 
 
-def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, twice_differentiable: bool
-) -> torch.Tensor:
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention, softmax(query key^T / sqrt(d)) value.
+
+    Within `twice_differentiable(True)` it runs a kernel with second derivatives, `chunked_attention` over many tokens
+    and `math_attention` over few; elsewhere torch's fused kernel, which has only the first.
 
     Args:
         query: (N, heads, T, d).
         key, value: (N, heads, S, d).
-        twice_differentiable: True runs a kernel with second derivatives, `chunked_attention` over many tokens and
-            `math_attention` over few; False runs torch's fused kernel, which has only the first.
 
     Returns:
         (N, heads, T, d).
     """
-    if not twice_differentiable:
+    if not is_twice_differentiable():
         return F.scaled_dot_product_attention(query, key, value)
     if min(query.shape[-2], key.shape[-2]) >= CHUNKED_FROM_TOKENS:
         return chunked_attention(query, key, value)
@@ -177,9 +172,7 @@ class MultiHeadAttention(nn.Module):
         self.norm_k = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else None
         self.to_out = nn.Linear(width, width)
 
-    def forward(
-        self, tokens: torch.Tensor, context: torch.Tensor | None = None, *, twice_differentiable: bool
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """tokens (N, T, width), context (N, S, context_width) or None -> (N, T, width)."""
         context = tokens if context is None else context
         query, key, value = (
@@ -190,5 +183,4 @@ class MultiHeadAttention(nn.Module):
             # In the weights' precision also under autocast; the products that follow are in the values'.
             query = self.norm_q(query.to(self.norm_q.weight.dtype)).to(value.dtype)
             key = self.norm_k(key.to(self.norm_k.weight.dtype)).to(value.dtype)
-        attended = attention(query, key, value, twice_differentiable=twice_differentiable)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+        return self.to_out(attention(query, key, value).transpose(1, 2).flatten(2))

@@ -11,42 +11,21 @@ p(z | y) exactly. Source: Guo et al., "EGC: Image Generation and Classification 
 ICCV 2023 (arXiv 2304.02012).
 """
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.utils import BaseOutput
 from torch import nn
 
-from .noise_schedule import noise_schedule
+from .heads import EnergyOutput, attention_pool, inner_energy, map_energy, with_gaussian_part
+from .noise_schedule import interpolated_levels, noise_schedule
+from .numerics import at_least_float32, twice_differentiable, without_autocast
+from .potentials import Potential, classifier_free_potential, classifier_potential, energy_potential, input_gradient
 from .recomputation import recomputed
 
-
-@dataclass
-class EnergyOutput(BaseOutput):
-    """What an energy network says of a batch.
-
-    Args:
-        energy: (N,), low = likely, at least float32. Comparable at equal timesteps only; across them divide by sigma_t.
-        logits: (N, K), at least float32, at the null label; None for a model without classes.
-    """
-
-    energy: torch.Tensor
-    logits: torch.Tensor | None = None
-
-
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Upcasts half types to float32; float32 and float64 stay."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def without_autocast(tensor: torch.Tensor) -> torch.autocast:
-    """A context in which operations on the tensor's device keep its precision."""
-    # There is no autocast on the meta device, where a network only counts what it would need.
-    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+# What the class embedding sees where it sees no label.
+NULL_LABEL = -1
 
 
 def _values_can_be_checked(tensor: torch.Tensor) -> bool:
@@ -54,24 +33,8 @@ def _values_can_be_checked(tensor: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type != "meta"
 
 
-def attention_pool(energy_map: torch.Tensor) -> torch.Tensor:
-    """Parameter-free attention pool of a map: what its spatial mean attends to.
-
-    Tokens are the mean and every position; the result is the mean's row of softmax(tokens tokens^T / sqrt(K)) tokens.
-
-    Args:
-        energy_map: (N, K, h, w).
-
-    Returns:
-        (N, K).
-
-    Source: the published EGC implementation's pooling of the latent models' output map.
-    """
-    positions = energy_map.flatten(2).transpose(1, 2)  # (N, h*w, K)
-    mean = positions.mean(dim=1, keepdim=True)  # (N, 1, K)
-    tokens = torch.cat([mean, positions], dim=1)
-    weights = (mean @ tokens.transpose(1, 2) * tokens.shape[-1] ** -0.5).softmax(dim=-1)  # (N, 1, 1 + h*w)
-    return (weights @ tokens).squeeze(1)
+def _repeated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 class EnergyModel(ModelMixin, ConfigMixin):
@@ -83,7 +46,6 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing`
-    _taking_input_gradient = False
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -95,20 +57,14 @@ class EnergyModel(ModelMixin, ConfigMixin):
         return loaded
 
     def network(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        *,
-        twice_differentiable: bool,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The backbone's raw output.
 
         Args:
             noisy_latents: (N, C, h, w), checked.
             timesteps: (N,).
-            class_labels: (N,) in [-1, K) for a model with a class embedding, else None.
-            twice_differentiable: whether the result will be differentiated twice.
+            embedded_labels: (N,) in [-1, K), -1 = null, for a model with a class embedding, else None.
 
         Returns:
             Head "map": the map f (N, E, h, w), and None. Head "inner": the field h (N, C, h, w), and the logits (N, K)
@@ -116,12 +72,11 @@ class EnergyModel(ModelMixin, ConfigMixin):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement network()")
 
-    def run_block(self, block: nn.Module, *inputs: Any, twice_differentiable: bool) -> torch.Tensor:
+    def run_block(self, block: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
         """A block's output; with activation checkpointing, what training would keep of it is recomputed when needed."""
-        run = functools.partial(block, twice_differentiable=twice_differentiable)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return recomputed(run, tuple(block.parameters()), inputs, lambda: not self._taking_input_gradient)
-        return run(*inputs)
+            return recomputed(block, tuple(block.parameters()), inputs)
+        return block(*inputs)
 
     def check_energy_config(self) -> int | None:
         """Checks the fields that every backbone shares; returns E, the map head's channels (None for head "inner").
@@ -180,15 +135,10 @@ class EnergyModel(ModelMixin, ConfigMixin):
             alpha (N,) and sigma (N,), float32 or float64, alpha^2 + sigma^2 = 1.
         """
         alphas_cumprod = self.alphas_cumprod
-        if not timesteps.is_floating_point():
-            abar = alphas_cumprod[timesteps]
-            return abar.sqrt(), (1 - abar).sqrt()
-        log_ratio = 0.5 * ((1 - alphas_cumprod).log() - alphas_cumprod.log())  # log(sigma_t / alpha_t) at the integers
-        lower = timesteps.floor().long().clamp(0, len(alphas_cumprod) - 1)
-        upper = (lower + 1).clamp(max=len(alphas_cumprod) - 1)
-        ratio = torch.lerp(log_ratio[lower], log_ratio[upper], (timesteps - lower).to(log_ratio.dtype)).exp()
-        alpha = (1 + ratio**2).rsqrt()
-        return alpha, ratio * alpha
+        if timesteps.is_floating_point():
+            return interpolated_levels(alphas_cumprod, timesteps)
+        abar = alphas_cumprod[timesteps]
+        return abar.sqrt(), (1 - abar).sqrt()
 
     # --- energy, logits and their derivatives -----------------------------------------------------------------------
 
@@ -211,13 +161,72 @@ class EnergyModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a shape, label or timestep does not fit this model.
         """
-        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
-        levels = self.noise_levels(timesteps)
-        twice_differentiable = torch.is_grad_enabled() and noisy_latents.requires_grad
-        energy, _, logits = self._energies_and_logits(
-            noisy_latents, timesteps, class_labels, levels, twice_differentiable
-        )
-        return EnergyOutput(energy=energy, logits=logits)
+        with twice_differentiable(torch.is_grad_enabled() and noisy_latents.requires_grad):
+            if class_labels is None or not self.config.class_embedding:
+                return self.read_views(noisy_latents, timesteps, [None])[0]
+            # The energy sees the label, the classifier must not.
+            at_label, at_null = self.read_views(noisy_latents, timesteps, [class_labels, None])
+        return EnergyOutput(energy=at_label.energy, logits=at_null.logits)
+
+    def read_views(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        views: Sequence[torch.Tensor | None],
+    ) -> list[EnergyOutput]:
+        """Energy and logits of the same latents at several labels, in one pass; see `models/potentials.py`.
+
+        Args:
+            noisy_latents: (N, C, h, w), scaled latents at `timesteps`.
+            timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float.
+            views: labels (N,) int64 in [-1, K) that the class embedding sees, -1 = null; None: the null label alone.
+
+        Returns:
+            An `EnergyOutput` a view, energy and logits both as the network gives them at its labels.
+
+        Raises:
+            ValueError: a shape, label or timestep does not fit this model.
+        """
+        timesteps = self._check_inputs(noisy_latents, timesteps)
+        num_rows, embedded_labels = len(noisy_latents), None
+        if self.config.class_embedding:
+            for labels in views:
+                if labels is not None:
+                    self.check_labels("class_labels", labels, num_rows, lowest=NULL_LABEL)
+            null = torch.full((num_rows,), NULL_LABEL, dtype=torch.long, device=noisy_latents.device)
+            embedded_labels = _repeated([null if labels is None else labels for labels in views])
+        levels = [_repeated([level] * len(views)) for level in self.noise_levels(timesteps)]
+        latents, timesteps = (_repeated([tensor] * len(views)) for tensor in (noisy_latents, timesteps))
+        energy, logits = self._energy_and_logits(latents, timesteps, embedded_labels, *levels)
+        logits = [None] * len(views) if logits is None else logits.tensor_split(len(views))
+        return [EnergyOutput(*output) for output in zip(energy.tensor_split(len(views)), logits, strict=True)]
+
+    def _energy_and_logits(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        embedded_labels: torch.Tensor | None,
+        alpha: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Energy (N,) and logits (N, K) of one pass through the network."""
+        config = self.config
+        output, logits = self.network(latents, timesteps, embedded_labels)
+        latents = at_least_float32(latents)
+        # Autocast would run the head's matrix products in half precision again.
+        with without_autocast(latents):
+            output = at_least_float32(output)
+            if config.head == "map":
+                energy = map_energy(output)
+                logits = None if config.num_classes is None else attention_pool(output)
+            else:
+                energy = inner_energy(latents, output)
+                logits = None if logits is None else at_least_float32(logits)
+            if config.gaussian_part:
+                energy = with_gaussian_part(energy, latents, alpha, sigma)
+            if config.head == "inner" and logits is not None:
+                energy = energy - sigma * logits.logsumexp(dim=1)
+        return energy, logits
 
     def epsilon(
         self,
@@ -251,129 +260,44 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
         Source: EGC (ICCV 2023), class-conditional score, times -sigma_t.
         """
-        epsilon, _ = self.epsilon_and_output(
-            noisy_latents,
-            timesteps,
+        potential = self.potential(
             class_labels,
             guidance_labels=guidance_labels,
             guidance_scale=guidance_scale,
             classifier_free_scale=classifier_free_scale,
-            with_logits=False,
         )
-        return epsilon
+        return input_gradient(potential, noisy_latents, timesteps)[0]
 
-    def epsilon_and_output(
+    def potential(
         self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         *,
         guidance_labels: torch.Tensor | None = None,
         guidance_scale: float = 0.0,
         classifier_free_scale: float = 1.0,
-        with_logits: bool = True,
-    ) -> tuple[torch.Tensor, EnergyOutput]:
-        """`epsilon`, with the energy and logits of the forward pass that it differentiated. Arguments as there.
-
-        Without `with_logits` the logits are None, and a model with a class embedding sees the null label only where the
-        scales ask for it.
-        """
-        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
-        if guidance_scale != 0:
-            guidance_labels = class_labels if guidance_labels is None else guidance_labels
-            self._check_guidance(guidance_labels, len(noisy_latents))
-        if classifier_free_scale != 1 and (class_labels is None or not self.config.class_embedding):
+    ) -> Potential:
+        """The potential that `epsilon` differentiates. Arguments and errors as there."""
+        embedded = self.config.class_embedding
+        if classifier_free_scale != 1 and (class_labels is None or not embedded):
             raise ValueError(
                 f"classifier_free_scale={classifier_free_scale} needs class_labels and a model with class_embedding"
             )
-        if classifier_free_scale == 0:
-            class_labels = None
-        with_null_label = with_logits or guidance_scale != 0 or classifier_free_scale != 1
-        alpha, sigma = self.noise_levels(timesteps)
-        twice_differentiable = torch.is_grad_enabled()
-
-        def potential(latents: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-            energy, null_energy, logits = self._energies_and_logits(
-                latents, timesteps, class_labels, (alpha, sigma), twice_differentiable, with_null_label
-            )
-            total = energy
-            if classifier_free_scale != 1:
-                total = null_energy + classifier_free_scale * (energy - null_energy)
-            if guidance_scale != 0:
-                log_p_y = F.log_softmax(logits, dim=-1).gather(1, guidance_labels[:, None]).squeeze(1)
-                total = total - guidance_scale * sigma * log_p_y
-            # Rows do not see each other, so the gradient of the sum is every row's own gradient.
-            return total.sum(), (energy, logits) if with_logits and logits is not None else (energy,)
-
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            # The one form that compiles, and that inference mode does not switch off.
-            epsilon, output = torch.func.grad(potential, has_aux=True)(noisy_latents)
-            return epsilon, EnergyOutput(*output)
-        # Elsewhere autograd: the same gradient, without the graph of the gradient where nobody will ask for it.
-        with torch.enable_grad():
-            if not (twice_differentiable and noisy_latents.requires_grad):
-                noisy_latents = noisy_latents.detach().requires_grad_()
-            total, output = potential(noisy_latents)
-            self._taking_input_gradient = True
-            try:
-                (epsilon,) = torch.autograd.grad(total, noisy_latents, create_graph=twice_differentiable)
-            finally:
-                self._taking_input_gradient = False
-        if not twice_differentiable:
-            output = tuple(tensor.detach() for tensor in output)
-        return epsilon, EnergyOutput(*output)
-
-    def _energies_and_logits(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        noise_levels: tuple[torch.Tensor, torch.Tensor],
-        twice_differentiable: bool,
-        with_null_label: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One pass over N or 2N rows: energy (N,) at the labels, energy (N,) and logits (N, K) at the null label.
-
-        `with_null_label` False saves the latter's rows where labels are given; then only the first result counts.
-        """
-        config, num_rows = self.config, len(noisy_latents)
-        alpha, sigma = noise_levels
-        latents, labels = noisy_latents, None
-        if config.class_embedding:
-            labels = torch.full((num_rows,), -1, dtype=torch.long, device=latents.device)
-            if class_labels is not None and not with_null_label:
-                labels = class_labels
-            elif class_labels is not None:
-                # The energy sees the label, the classifier must not: both as one batch of 2N rows.
-                labels = torch.cat([class_labels, labels])
-                latents, timesteps, alpha, sigma = (torch.cat([x, x]) for x in (latents, timesteps, alpha, sigma))
-        output, logits = self.network(latents, timesteps, labels, twice_differentiable=twice_differentiable)
-
-        latents = at_least_float32(latents)
-        # Autocast would run the head's matrix products in half precision again.
-        with without_autocast(latents):
-            output = at_least_float32(output)
-            log_evidence = None
-            if config.head == "map":
-                energy = -output.logsumexp(dim=1).sum(dim=(1, 2))
-                if config.num_classes is not None:
-                    logits = attention_pool(output[-num_rows:])
-            else:
-                energy = (latents * output).sum(dim=(1, 2, 3)) / 2
-                if logits is not None:
-                    logits = at_least_float32(logits)
-                    log_evidence, logits = logits.logsumexp(dim=1), logits[-num_rows:]
-            if config.gaussian_part:
-                energy = sigma * latents.square().sum(dim=(1, 2, 3)) / 2 + alpha * energy
-            if log_evidence is not None:
-                energy = energy - sigma * log_evidence
-        return energy[:num_rows], energy[-num_rows:], logits
+        if classifier_free_scale in (0, 1):
+            potential = energy_potential(self, class_labels if embedded and classifier_free_scale == 1 else None)
+        else:
+            potential = classifier_free_potential(self, class_labels, classifier_free_scale)
+        if guidance_scale != 0:
+            guidance_labels = class_labels if guidance_labels is None else guidance_labels
+            if self.config.num_classes is None:
+                raise ValueError("guidance needs a model with classes, this one has num_classes=None")
+            if guidance_labels is None:
+                raise ValueError("guidance_scale is not 0 but neither guidance_labels nor class_labels is given")
+            potential = potential + classifier_potential(self, guidance_labels, guidance_scale)
+        return potential
 
     # --- input checks -----------------------------------------------------------------------------------------------
 
-    def _check_inputs(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _check_inputs(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Raises ValueError on what does not fit; returns `timesteps` as (N,) on the latents' device."""
         config = self.config
         if noisy_latents.ndim != 4 or noisy_latents.shape[1] != config.in_channels:
@@ -395,27 +319,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             low, high = (float(t) for t in timesteps.aminmax())
             if not 0 <= low <= high < config.num_train_timesteps:
                 raise ValueError(f"timesteps must be in [0, {config.num_train_timesteps}), got {low:g} to {high:g}")
-        if config.class_embedding and class_labels is not None:
-            self.check_labels("class_labels", class_labels, num_rows, lowest=-1)
         return timesteps
-
-    def _feature_inputs(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Checked timesteps (N,) and what the class embedding sees: the labels, the null label, or None without one."""
-        timesteps = self._check_inputs(noisy_latents, timesteps, class_labels)
-        if not self.config.class_embedding:
-            return timesteps, None
-        if class_labels is None:
-            class_labels = torch.full((len(noisy_latents),), -1, dtype=torch.long, device=noisy_latents.device)
-        return timesteps, class_labels
-
-    def _check_guidance(self, guidance_labels: torch.Tensor | None, num_rows: int) -> None:
-        if self.config.num_classes is None:
-            raise ValueError("guidance needs a model with classes, this one has num_classes=None")
-        if guidance_labels is None:
-            raise ValueError("guidance_scale is not 0 but neither guidance_labels nor class_labels is given")
-        self.check_labels("guidance_labels", guidance_labels, num_rows, lowest=0)
 
     def check_labels(self, name: str, labels: torch.Tensor, num_rows: int, lowest: int) -> None:
         """Raises ValueError unless `labels` is (num_rows,) int64 in [lowest, K)."""

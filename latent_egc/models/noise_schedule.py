@@ -54,3 +54,18 @@ def add_noise(
     """
     alpha, sigma = (level[..., None, None, None] for level in noise_levels)
     return alpha * latents + sigma * noise
+
+
+def interpolated_levels(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_t and sigma_t (N,) at timesteps (N,) between the integers, where log(sigma_t / alpha_t) is linear.
+
+    Args:
+        alphas_cumprod: (T,).
+        timesteps: (N,) floats in [0, T).
+    """
+    log_ratio = 0.5 * ((1 - alphas_cumprod).log() - alphas_cumprod.log())  # log(sigma_t / alpha_t) at the integers
+    lower = timesteps.floor().long().clamp(0, len(alphas_cumprod) - 1)
+    upper = (lower + 1).clamp(max=len(alphas_cumprod) - 1)
+    ratio = torch.lerp(log_ratio[lower], log_ratio[upper], (timesteps - lower).to(log_ratio.dtype)).exp()
+    alpha = (1 + ratio**2).rsqrt()
+    return alpha, ratio * alpha

@@ -8,17 +8,34 @@ In forward passes of a block, a training step's denoising part costs 12 instead 
 its backward pass 1 + 1 + 4, the forward's backward pass 1 + 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from .numerics import is_twice_differentiable, twice_differentiable
+
+# Not one a thread: backward passes may run in threads of their own.
+_ONLY_INPUT_GRADIENTS = False
+
+
+@contextmanager
+def only_input_gradients() -> Iterator[None]:
+    """Within it, a backward pass that records a graph leaves out the parameters' gradients: nobody asks for them."""
+    global _ONLY_INPUT_GRADIENTS
+    before = _ONLY_INPUT_GRADIENTS
+    _ONLY_INPUT_GRADIENTS = True
+    try:
+        yield
+    finally:
+        _ONLY_INPUT_GRADIENTS = before
 
 
 def recomputed(
     block: Callable[..., torch.Tensor],
     parameters: Sequence[torch.Tensor],
     inputs: Sequence[torch.Tensor | None],
-    parameters_wanted: Callable[[], bool],
 ) -> torch.Tensor:
     """block(*inputs), with first and second derivatives for which the block is run again.
 
@@ -26,16 +43,14 @@ def recomputed(
         block: a deterministic function of its inputs and parameters; no randomness, which would differ when run again.
         parameters: what it depends on besides its inputs.
         inputs: tensors or None.
-        parameters_wanted: asked in every backward pass that itself records a graph; False leaves the gradients of the
-            parameters out of that pass, where the caller knows that nobody asks for them.
 
     Returns:
         The block's output. A third derivative raises RuntimeError.
     """
     device_type = next(tensor.device.type for tensor in inputs if tensor is not None)
-    # Backward passes may run in another thread, where autocast is off.
+    # Backward passes may run in another thread, where autocast is off and nobody has said how often to differentiate.
     autocast = (device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
-    run = _Block(block, len(inputs), autocast, parameters_wanted)
+    run = _Block(block, len(inputs), autocast, is_twice_differentiable())
     return _Recomputed.apply(run, *inputs, *parameters)
 
 
@@ -47,10 +62,10 @@ class _Block:
         function: Callable[..., torch.Tensor],
         num_inputs: int,
         autocast: tuple[str, torch.dtype, bool],
-        parameters_wanted: Callable[[], bool],
+        twice: bool,
     ) -> None:
         self.function, self.num_inputs = function, num_inputs
-        self.autocast, self.parameters_wanted = autocast, parameters_wanted
+        self.autocast, self.twice = autocast, twice
 
     def __call__(self, tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Inputs and parameters -> the output with its graph, and what to differentiate it by (None where not)."""
@@ -59,7 +74,7 @@ class _Block:
             None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
             for tensor in tensors[: self.num_inputs]
         ]
-        with torch.enable_grad(), torch.autocast(device_type, dtype, enabled):
+        with torch.enable_grad(), torch.autocast(device_type, dtype, enabled), twice_differentiable(self.twice):
             output = self.function(*inputs)
         leaves = [*inputs, *tensors[self.num_inputs :]]
         return output, [leaf if leaf is not None and leaf.requires_grad else None for leaf in leaves]
@@ -89,7 +104,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        all_wanted = not torch.is_grad_enabled() or ctx.block.parameters_wanted()
+        all_wanted = not (torch.is_grad_enabled() and _ONLY_INPUT_GRADIENTS)
         num_wanted = len(tensors) if all_wanted else ctx.block.num_inputs
         gradients = _RecomputedBackward.apply(ctx.block, num_wanted, grad_output, *tensors)
         return None, *gradients, *[None] * (len(tensors) - num_wanted)

@@ -14,7 +14,8 @@ from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from torch import nn
 
 from .attention import MultiHeadAttention
-from .energy import EnergyModel, without_autocast
+from .energy import EnergyModel
+from .numerics import without_autocast
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal timestep embedding, DiT's number
 
@@ -39,21 +40,14 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width, activation_fn="gelu-approximate")
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        conditioning: torch.Tensor,
-        skipped: torch.Tensor | None,
-        *,
-        twice_differentiable: bool,
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, conditioning: torch.Tensor, skipped: torch.Tensor | None) -> torch.Tensor:
         """hidden (N, T, D), conditioning (N, D), skipped (N, T, D) or None -> (N, T, D)."""
         if self.skip is not None:
-            hidden = self.skip(torch.cat([hidden, skipped], dim=-1))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)[:, None].chunk(6, dim=-1)
-        attended = self.attn(self.norm1(hidden) * (1 + scale1) + shift1, twice_differentiable=twice_differentiable)
-        hidden = hidden + gate1 * attended
-        return hidden + gate2 * self.ff(self.norm2(hidden) * (1 + scale2) + shift2)
+            hidden = self.skip(torch.cat([hidden, skipped], dim=-1))  # (N, T, D)
+        modulation = self.modulation(conditioning)[:, None]  # (N, 1, 6 D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (N, 1, D) each
+        hidden = hidden + gate1 * self.attn(self.norm1(hidden) * (1 + scale1) + shift1)  # (N, T, D)
+        return hidden + gate2 * self.ff(self.norm2(hidden) * (1 + scale2) + shift2)  # (N, T, D)
 
 
 class EGCTransformer(EnergyModel):
@@ -168,74 +162,36 @@ class EGCTransformer(EnergyModel):
             nn.init.zeros_(self.class_out.weight)
 
     def network(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        *,
-        twice_differentiable: bool,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `EnergyModel.network`."""
-        hidden, conditioning = self._trunk(noisy_latents, timesteps, class_labels, twice_differentiable, features=None)
+        hidden, conditioning = self._trunk(noisy_latents, timesteps, embedded_labels)  # (N, T, D), (N, D)
         # The output layers run in the weights' precision also under autocast: energies are sums over all positions.
         with without_autocast(hidden):
             dtype = self.proj_out.weight.dtype
-            shift, scale = self.modulation_out(conditioning.to(dtype))[:, None].chunk(2, dim=-1)
-            hidden = self.norm_out(hidden.to(dtype)) * (1 + scale) + shift
-            output = self._unpatchify(self.proj_out(hidden), noisy_latents.shape[-2:])
-            logits = self.class_out(hidden.mean(dim=1)) if hasattr(self, "class_out") else None
+            shift, scale = self.modulation_out(conditioning.to(dtype))[:, None].chunk(2, dim=-1)  # (N, 1, D) each
+            hidden = self.norm_out(hidden.to(dtype)) * (1 + scale) + shift  # (N, T, D)
+            output = self._unpatchify(self.proj_out(hidden), noisy_latents.shape[-2:])  # (N, E or C, h, w)
+            logits = self.class_out(hidden.mean(dim=1)) if hasattr(self, "class_out") else None  # (N, K)
         return output, logits
 
-    def features(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Intermediate maps by name, in the blocks' order.
-
-        Args:
-            noisy_latents, timesteps, class_labels: as in `forward`; without labels an embedding sees the null label.
-
-        Returns:
-            "in" and "block.LAYER" -> (N, D, h / patch_size, w / patch_size).
-
-        Raises:
-            ValueError: a shape, label or timestep does not fit this model.
-        """
-        timesteps, class_labels = self._feature_inputs(noisy_latents, timesteps, class_labels)
-        features: dict[str, torch.Tensor] = {}
-        twice_differentiable = torch.is_grad_enabled() and noisy_latents.requires_grad
-        self._trunk(noisy_latents, timesteps, class_labels, twice_differentiable, features)
-        height = noisy_latents.shape[-2] // self.config.patch_size
-        return {name: tokens.transpose(1, 2).unflatten(2, (height, -1)) for name, tokens in features.items()}
-
     def _trunk(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        twice_differentiable: bool,
-        features: dict[str, torch.Tensor] | None,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (N, T, D) before the output layers, conditioning (N, D); fills `features` where it is a dict."""
-        conditioning = self.time_embedding(self.time_frequencies(timesteps).to(self.dtype))
-        if class_labels is not None:
-            rows = torch.where(class_labels < 0, self.config.num_classes, class_labels)
-            conditioning = conditioning + self.label_embedding(rows)
+        """Tokens (N, T, D) before the output layers, T = h w / patch_size^2, and the conditioning (N, D)."""
+        conditioning = self.time_embedding(self.time_frequencies(timesteps).to(self.dtype))  # (N, D)
+        if embedded_labels is not None:
+            rows = torch.where(embedded_labels < 0, self.config.num_classes, embedded_labels)  # the last row is null
+            conditioning = conditioning + self.label_embedding(rows)  # (N, D)
         conditioning = nn.functional.silu(conditioning)
 
-        hidden = self.patch_embedding(noisy_latents.to(self.dtype))
-        if features is not None:
-            features["in"] = hidden
+        hidden = self.patch_embedding(noisy_latents.to(self.dtype))  # (N, T, D)
         skips: list[torch.Tensor] = []
         for layer, block in enumerate(self.blocks):
             skipped = skips.pop() if block.skip is not None else None
-            hidden = self.run_block(block, hidden, conditioning, skipped, twice_differentiable=twice_differentiable)
+            hidden = self.run_block(block, hidden, conditioning, skipped)  # (N, T, D)
             if layer < len(self.blocks) // 2:
                 skips.append(hidden)
-            if features is not None:
-                features[f"block.{layer}"] = hidden
         return hidden, conditioning
 
     def _unpatchify(self, tokens: torch.Tensor, size: torch.Size) -> torch.Tensor:

@@ -16,7 +16,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from .attention import MultiHeadAttention
-from .energy import EnergyModel, without_autocast
+from .energy import EnergyModel
+from .numerics import without_autocast
 
 
 class SpatialTransformer(nn.Module):
@@ -45,17 +46,15 @@ class SpatialTransformer(nn.Module):
         self.ff = FeedForward(width, activation_fn="geglu")
         self.proj_out = nn.Conv2d(width, channels, kernel_size=1)
 
-    def forward(
-        self, hidden: torch.Tensor, class_token: torch.Tensor | None, *, twice_differentiable: bool
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, class_token: torch.Tensor | None) -> torch.Tensor:
         """hidden (N, channels, h, w), class_token (N, 1, context_width) or None -> (N, channels, h, w)."""
-        projected = self.proj_in(self.norm(hidden))
+        projected = self.proj_in(self.norm(hidden))  # (N, width, h, w)
         tokens = projected.flatten(2).transpose(1, 2)  # (N, h*w, width)
-        tokens = tokens + self.attn1(self.norm1(tokens), twice_differentiable=twice_differentiable)
+        tokens = tokens + self.attn1(self.norm1(tokens))
         if class_token is not None:
-            tokens = tokens + self.attn2(self.norm2(tokens), class_token, twice_differentiable=twice_differentiable)
+            tokens = tokens + self.attn2(self.norm2(tokens), class_token)
         tokens = tokens + self.ff(self.norm3(tokens))
-        return hidden + self.proj_out(tokens.transpose(1, 2).unflatten(2, hidden.shape[-2:]))
+        return hidden + self.proj_out(tokens.transpose(1, 2).unflatten(2, hidden.shape[-2:]))  # (N, channels, h, w)
 
 
 class UNetBlock(nn.Module):
@@ -67,18 +66,11 @@ class UNetBlock(nn.Module):
         self.attention = attention
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        time_embedding: torch.Tensor,
-        class_token: torch.Tensor | None,
-        *,
-        twice_differentiable: bool,
+        self, hidden: torch.Tensor, time_embedding: torch.Tensor, class_token: torch.Tensor | None
     ) -> torch.Tensor:
         """hidden (N, D_in, h, w), time_embedding (N, D_time) -> (N, D_out, h, w)."""
-        hidden = self.resnet(hidden, time_embedding)
-        if self.attention is not None:
-            hidden = self.attention(hidden, class_token, twice_differentiable=twice_differentiable)
-        return hidden
+        hidden = self.resnet(hidden, time_embedding)  # (N, D_out, h, w)
+        return hidden if self.attention is None else self.attention(hidden, class_token)
 
 
 class EGCUNet(EnergyModel):
@@ -237,86 +229,42 @@ class EGCUNet(EnergyModel):
             nn.init.zeros_(self.class_out.bias)
 
     def network(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        *,
-        twice_differentiable: bool,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `EnergyModel.network`."""
-        hidden = self._trunk(noisy_latents, timesteps, class_labels, twice_differentiable, features=None)
+        hidden = self._trunk(noisy_latents, timesteps, embedded_labels)  # (N, D_0, h, w)
         # The output layers run in the weights' precision also under autocast: energies are sums over all positions.
         with without_autocast(hidden):
             hidden = nn.functional.silu(self.norm_out(hidden.to(self.norm_out.weight.dtype)))
-            output = self.conv_out(hidden)
-            logits = self.class_out(hidden.mean(dim=(2, 3))) if hasattr(self, "class_out") else None
+            output = self.conv_out(hidden)  # (N, E or C, h, w)
+            logits = self.class_out(hidden.mean(dim=(2, 3))) if hasattr(self, "class_out") else None  # (N, K)
         return output, logits
 
-    def features(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Intermediate maps by name, from the finest level down and up again.
-
-        Args:
-            noisy_latents, timesteps, class_labels: as in `forward`; without labels an embedding sees the null label.
-
-        Returns:
-            "in", "down.LEVEL.LAYER", "mid.LAYER" and "up.LEVEL.LAYER" (LEVEL 0 is the finest) -> (N, D, h', w').
-
-        Raises:
-            ValueError: a shape, label or timestep does not fit this model.
-        """
-        timesteps, class_labels = self._feature_inputs(noisy_latents, timesteps, class_labels)
-        features: dict[str, torch.Tensor] = {}
-        twice_differentiable = torch.is_grad_enabled() and noisy_latents.requires_grad
-        self._trunk(noisy_latents, timesteps, class_labels, twice_differentiable, features)
-        return features
-
     def _trunk(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        twice_differentiable: bool,
-        features: dict[str, torch.Tensor] | None,
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """The network up to its output layers, (N, D, h, w); fills `features` where it is a dict."""
-
-        def run(name: str, block: UNetBlock, hidden: torch.Tensor) -> torch.Tensor:
-            hidden = self.run_block(
-                block, hidden, time_embedding, class_token, twice_differentiable=twice_differentiable
-            )
-            if features is not None:
-                features[name] = hidden
-            return hidden
-
-        time_embedding = self.time_embedding(self.time_frequencies(timesteps).to(self.dtype))
+        """The network up to its output layers; D_l is the width of level l, of size h / 2^l."""
+        time_embedding = self.time_embedding(self.time_frequencies(timesteps).to(self.dtype))  # (N, 4 D_0)
         class_token = None
-        if class_labels is not None:
-            rows = torch.where(class_labels < 0, self.config.num_classes, class_labels)
+        if embedded_labels is not None:
+            rows = torch.where(embedded_labels < 0, self.config.num_classes, embedded_labels)  # the last row is null
             class_token = self.class_tokens(rows)[:, None]  # (N, 1, D_class)
 
-        hidden = self.conv_in(noisy_latents.to(self.dtype))
-        if features is not None:
-            features["in"] = hidden
+        hidden = self.conv_in(noisy_latents.to(self.dtype))  # (N, D_0, h, w)
         skips = [hidden]
         for level, blocks in enumerate(self.down_blocks):
-            for layer, block in enumerate(blocks):
-                hidden = run(f"down.{level}.{layer}", block, hidden)
+            for block in blocks:
+                hidden = self.run_block(block, hidden, time_embedding, class_token)  # (N, D_l, h_l, w_l)
                 skips.append(hidden)
             if level < len(self.downsamplers):
-                hidden = self.downsamplers[level](hidden)
+                hidden = self.downsamplers[level](hidden)  # (N, D_l, h_l / 2, w_l / 2)
                 skips.append(hidden)
-        for layer, block in enumerate(self.mid_blocks):
-            hidden = run(f"mid.{layer}", block, hidden)
+        for block in self.mid_blocks:
+            hidden = self.run_block(block, hidden, time_embedding, class_token)  # (N, D_L, h_L, w_L)
         for step, blocks in enumerate(self.up_blocks):
-            level = len(self.up_blocks) - 1 - step
-            for layer, block in enumerate(blocks):
-                hidden = run(f"up.{level}.{layer}", block, torch.cat([hidden, skips.pop()], dim=1))
-            if level > 0:
-                hidden = self.upsamplers[step](hidden)
-        return hidden
+            for block in blocks:
+                hidden = torch.cat([hidden, skips.pop()], dim=1)  # (N, D_(l+1) or D_l, and the skip's, h_l, w_l)
+                hidden = self.run_block(block, hidden, time_embedding, class_token)  # (N, D_l, h_l, w_l)
+            if step < len(self.upsamplers):
+                hidden = self.upsamplers[step](hidden)  # (N, D_l, 2 h_l, 2 w_l)
+        return hidden  # (N, D_0, h, w)

@@ -20,7 +20,7 @@ from latent_egc.data.sources import load_splits
 from latent_egc.data.views import PixelViews, Views
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.pipeline_egc import default_scheduler
+from latent_egc.pipelines.schedulers import default_scheduler
 
 BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet, "transformer": EGCTransformer}
 

@@ -43,6 +43,7 @@ from latent_egc.training.checkpoints import (
     save_checkpoint,
 )
 from latent_egc.training.figures import save_curves, save_samples
+from latent_egc.training.gradient_check import check_gradients
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
@@ -78,6 +79,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     Raises:
         ConfigError: something in the configuration cannot be used; nothing was written.
         NonFiniteLossError: a loss or gradient is not finite; checkpoints stay as they are.
+        GradientError: the run's gradients are wrong on this machine; no step was taken.
         CheckpointError: a checkpoint could not be written or read.
     """
     config = resolve(config)
@@ -106,7 +108,11 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         f"process(es) on {accelerator.device.type}; training reads {data.source}"
         + (f"\nresumed at step {step}" if step else "")
     )
-    # Here is the place of training.check_gradients; `next(micro_batches(...))` has the objective's inputs.
+    if training.checks_gradients and step < training.max_steps:
+        inputs, _ = next(micro_batches(config, data.train, vae, step, accelerator))
+        error = check_gradients(accelerator.unwrap_model(objective), inputs, accelerator)
+        metrics.add(step, {"gradient_error": error})
+        accelerator.print(f"gradients are {error:.2%} off plain float32")
     batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
     with running(accelerator, step, training.max_steps) as (progress, stops):

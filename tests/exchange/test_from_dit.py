@@ -73,7 +73,7 @@ def test_field_is_the_noise_output(overrides, tmp_path):
     latents, timesteps = torch.randn(5, 4, size, size), torch.tensor([0, 17, 500, 999, 20])
     labels = torch.tensor([0, 1, 2, -1, -1])
     with torch.no_grad():
-        field, logits = model.network(latents, timesteps, labels, twice_differentiable=True)
+        field, logits = model.network(latents, timesteps, labels)
         # The DiT's null label is its embedding's last row.
         noise = dit(latents, timesteps, torch.where(labels < 0, 3, labels)).sample[:, :4]
     assert field.abs().mean() > 0.1

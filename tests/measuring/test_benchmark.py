@@ -156,7 +156,7 @@ def test_two_pass_guidance_is_the_guided_epsilon(work):
 
 def test_classifier_free_guidance_without_a_difference_is_the_noise_prediction(work):
     """The trunk has no class embedding, so both halves of the 2N rows are alike."""
-    expected, _ = work.noise_predictor.network(work.noisy_latents, work.timesteps, None, twice_differentiable=False)
+    expected, _ = work.noise_predictor.network(work.noisy_latents, work.timesteps, None)
     torch.testing.assert_close(classifier_free_step(work), expected)
 
 

@@ -7,19 +7,20 @@ from tiny import tiny_unet
 
 from latent_egc.models import attention as attention_module
 from latent_egc.models.attention import MultiHeadAttention, attention, chunked_attention, math_attention
+from latent_egc.models.numerics import twice_differentiable
 
 
 def test_kernels_agree():
     query, key, value = torch.randn(3, 2, 4, 5, 6, dtype=torch.float64).unbind()
-    fused = attention(query, key, value, twice_differentiable=False)
-    torch.testing.assert_close(attention(query, key, value, twice_differentiable=True), fused)
+    fused = attention(query, key, value)
+    with twice_differentiable(True):
+        torch.testing.assert_close(attention(query, key, value), fused)
 
 
 def test_second_derivative_is_exact():
     query, key, value = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradgradcheck(
-        lambda q, k, v: attention(q, k, v, twice_differentiable=True), (query, key, value)
-    )
+    with twice_differentiable(True):
+        assert torch.autograd.gradgradcheck(attention, (query, key, value))
 
 
 @pytest.fixture
@@ -88,25 +89,27 @@ def test_many_tokens_take_the_chunked_kernel(monkeypatch):
         attention_module, "chunked_attention", lambda q, k, v: calls.append(1) or math_attention(q, k, v)
     )
     many, few = torch.randn(2, 1, 6, 4), torch.randn(2, 1, 5, 4)
-    attention(many, few, few, twice_differentiable=True)
-    attention(many, many, many, twice_differentiable=False)
+    with twice_differentiable(True):
+        attention(many, few, few)
+    attention(many, many, many)
     assert not calls
-    attention(many, many, many, twice_differentiable=True)
+    with twice_differentiable(True):
+        attention(many, many, many)
     assert calls
 
 
 def test_qk_norm_bounds_the_scores():
     layer = MultiHeadAttention(8, num_heads=2, qk_norm=True)
     tokens = torch.randn(2, 3, 8)
-    output = layer(tokens, twice_differentiable=False)
+    output = layer(tokens)
     layer.to_q.weight.data *= 100
     layer.to_k.weight.data *= 100
-    torch.testing.assert_close(layer(tokens, twice_differentiable=False), output, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer(tokens), output, rtol=1e-3, atol=1e-4)
 
 
 def test_context_of_another_width():
     layer = MultiHeadAttention(8, num_heads=2, context_width=5)
-    assert layer(torch.randn(3, 6, 8), torch.randn(3, 1, 5), twice_differentiable=False).shape == (3, 6, 8)
+    assert layer(torch.randn(3, 6, 8), torch.randn(3, 1, 5)).shape == (3, 6, 8)
 
 
 def test_kernel_follows_what_is_asked_for(monkeypatch):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY_BACKBONES
+from tiny import TINY_BACKBONES, bf16_convolution_is_right
 
 from latent_egc import EGCObjective
 from latent_egc.models import attention as attention_module
@@ -104,6 +104,8 @@ def test_activation_checkpointing(model_and_reference):
 
 def test_bf16_autocast(model_and_reference):
     model, reference = model_and_reference
+    if "UNet" in type(model).__name__ and not bf16_convolution_is_right():
+        pytest.skip("torch's bf16 convolution is wrong on this processor: test_gradient_check.py shows it refused")
     found = gradient(model, autocast=True)
     assert_parity(found, reference, tolerance=5e-2)
     assert F.cosine_similarity(found, reference, dim=0) >= 0.999

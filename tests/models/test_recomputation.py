@@ -38,7 +38,7 @@ def test_all_first_and_second_derivatives(with_condition):
     condition = torch.randn(4, 3, dtype=torch.float64, requires_grad=True) if with_condition else None
 
     def frugal(*inputs):
-        return recomputed(block, (block.weight,), inputs, lambda: True)
+        return recomputed(block, (block.weight,), inputs)
 
     expected = derivatives(block, block, hidden, condition)
     for found, value in zip(derivatives(frugal, block, hidden, condition), expected, strict=True):
@@ -47,7 +47,7 @@ def test_all_first_and_second_derivatives(with_condition):
 
 def test_third_derivative_is_refused():
     block, hidden = Block(), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    output = recomputed(block, (block.weight,), (hidden,), lambda: True)
+    output = recomputed(block, (block.weight,), (hidden,))
     (first,) = torch.autograd.grad(output.square().sum(), hidden, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

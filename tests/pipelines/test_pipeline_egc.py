@@ -15,28 +15,12 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from PIL import Image
-from tiny import tiny_kl, tiny_pipeline, tiny_taesd, tiny_unet
+from tiny import ROOT, generator, gradient_image, sample, tiny_kl, tiny_pipeline, tiny_taesd, tiny_unet
 
 from latent_egc import EGCPipeline, EGCUNet
 from latent_egc.pipelines import pipeline_egc
 from latent_egc.pipelines.images import preprocess_images
-from latent_egc.pipelines.pipeline_egc import default_scheduler
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def sample(pipeline, *labels, **arguments):
-    arguments = {"num_inference_steps": 3, "generator": generator(), "output_type": "pt"} | arguments
-    return pipeline(*labels, **arguments).images
-
-
-def gradient_image(width=20, height=12):
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
-
+from latent_egc.pipelines.schedulers import default_scheduler
 
 # --- sampling ------------------------------------------------------------------------------------------------------
 
@@ -337,7 +321,7 @@ def test_save_and_load_in_a_new_process(tmp_path, vae):
     script = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_pipeline import gradient_image, sample
+from tiny import gradient_image, sample
 from latent_egc import EGCPipeline, EGCUNet
 pipeline = EGCPipeline.from_pretrained(sys.argv[1] + "/pipeline")
 assert type(pipeline.energy_model) is EGCUNet and pipeline.config.default_guidance_scale == 1.5
@@ -346,8 +330,7 @@ output = pipeline.classify(gradient_image())
 values = {"images": sample(pipeline, ["cat", "cow"]), "logits": output.logits, "energy": output.energy}
 torch.save(values, sys.argv[1] + "/values.pt")
 """
-    tests_folder = __file__.rsplit("/", 1)[0]
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), tests_folder], check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(ROOT / "tests")], check=True)
     loaded = torch.load(tmp_path / "values.pt")
     for name, value in expected.items():
         assert torch.equal(loaded[name], value), name

@@ -1,0 +1,95 @@
+"""The density that an energy's flow gives its latents, by the probability-flow ODE.
+
+With x = z / alpha_t and s = sigma_t / alpha_t the flow of the noise is dx/ds = epsilon, along which the log density
+changes by -div_x epsilon. Integrated from the lowest noise level to the highest, where z is taken to be N(0, I),
+
+    log p(x_0) = log N(x_T; 0, I / alpha_T^2) + integral of div_x epsilon ds
+
+with Hutchinson's estimate v^T (d epsilon / dx) v of the divergence, whose expectation over random signs v it is.
+Source: Song et al. (ICLR 2021), in the variables of Karras et al. (NeurIPS 2022).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from latent_egc.models.potentials import Potential, input_gradient
+
+# A timestep -> alpha_t and sigma_t; see `EnergyModel.noise_levels`.
+NoiseLevels = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def epsilon_and_divergence(
+    potential: Potential, alpha: float, latents: torch.Tensor, timestep: float, probe: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Epsilon at x = latents / alpha, and Hutchinson's estimate of its divergence by x.
+
+    Args:
+        potential: U(z, t).
+        alpha: alpha_t of the timestep.
+        latents: (N, C, h, w) = alpha x, noisy latents at the timestep.
+        timestep: in [0, T).
+        probe: (N, C, h, w) of zero mean and unit covariance, such as random signs.
+
+    Returns:
+        (N, C, h, w) and (N,).
+    """
+    with torch.enable_grad():
+        latents = latents.detach().requires_grad_()
+        epsilon, _ = input_gradient(potential, latents, torch.tensor(timestep, device=latents.device))
+        (product,) = torch.autograd.grad((epsilon * probe).sum(), latents)
+    return epsilon.detach(), alpha * (product * probe).sum(dim=(1, 2, 3))
+
+
+def timestep_grid(alphas_cumprod: torch.Tensor, num_steps: int) -> list[float]:
+    """num_steps + 1 timesteps from 0 to T - 1, evenly in log(sigma / alpha); alphas_cumprod (T,)."""
+    abar = alphas_cumprod.double().cpu()
+    log_ratio = 0.5 * (torch.log1p(-abar) - abar.log())
+    levels = torch.linspace(log_ratio[0], log_ratio[-1], num_steps + 1, dtype=torch.float64)
+    upper = torch.searchsorted(log_ratio, levels).clamp(1, len(log_ratio) - 1)
+    below, above = log_ratio[upper - 1], log_ratio[upper]
+    return (upper - 1 + ((levels - below) / (above - below)).clamp(0, 1)).tolist()
+
+
+@torch.no_grad()
+def log_density(
+    potential: Potential,
+    noise_levels: NoiseLevels,
+    noisy_latents: torch.Tensor,
+    probe: torch.Tensor,
+    timesteps: list[float],
+) -> torch.Tensor:
+    """log p_0 of latents at timestep 0, (N,) float64 in nats.
+
+    The flow is solved by Heun's method in s, where it is nearly straight at high noise; the divergence is integrated by
+    the trapezoidal rule in log s, where s div is nearly constant there. On Gaussian latents 20 steps give 0.018 and 40
+    steps 0.005 bits per dimension too much.
+
+    Args:
+        potential: U(z, t).
+        noise_levels: alpha_t and sigma_t of a timestep, the energy model's.
+        noisy_latents: (N, C, h, w) = alpha_0 z_0 + sigma_0 noise.
+        probe: (N, C, h, w), random signs for Hutchinson's estimate.
+        timesteps: from `timestep_grid`; each step between them costs one gradient and one divergence.
+    """
+    levels = [noise_levels(torch.tensor(t, device=noisy_latents.device)) for t in timesteps]
+    alphas, ratios = zip(*((float(alpha), float(sigma / alpha)) for alpha, sigma in levels), strict=True)
+    x = noisy_latents / alphas[0]
+    epsilon, divergence = epsilon_and_divergence(potential, alphas[0], noisy_latents, timesteps[0], probe)
+    integral = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for i in range(len(timesteps) - 1):
+        step, half_log_step = ratios[i + 1] - ratios[i], math.log(ratios[i + 1] / ratios[i]) / 2
+        integral += half_log_step * ratios[i] * divergence.double()
+        later = torch.tensor(timesteps[i + 1], device=x.device)
+        ahead, _ = input_gradient(potential, alphas[i + 1] * (x + step * epsilon), later)
+        x = x + step * (epsilon + ahead) / 2
+        epsilon, divergence = epsilon_and_divergence(
+            potential, alphas[i + 1], alphas[i + 1] * x, timesteps[i + 1], probe
+        )
+        integral += half_log_step * ratios[i + 1] * divergence.double()
+    num_dimensions, variance = x[0].numel(), alphas[-1] ** -2
+    prior = -x.double().square().sum(dim=(1, 2, 3)) / (2 * variance)
+    prior -= num_dimensions / 2 * math.log(2 * math.pi * variance)
+    # The density of alpha x, not of x.
+    return prior + integral - num_dimensions * math.log(alphas[0])

@@ -1,0 +1,96 @@
+"""The gradient check at the start of training: passes what is right, refuses what is not, leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tiny import TINY_BACKBONES, bf16_convolution_is_right
+
+from latent_egc import EGCObjective
+from latent_egc.models import attention as attention_module
+from latent_egc.objective import CompiledForward
+from latent_egc.training.gradient_check import GradientError, check_gradients
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def inputs(num_rows=8):
+    generator = torch.Generator().manual_seed(5)
+    latents, clean, noise = torch.randn(3, num_rows, 2, 8, 8, generator=generator)
+    return {
+        "latents": latents,
+        "class_labels": torch.arange(num_rows) % 4 - 1,
+        "clean_latents": clean,
+        "noise": noise,
+        "timesteps": torch.linspace(3, 980, num_rows).long(),
+        "label_dropped": torch.arange(num_rows) % 3 == 0,
+    }
+
+
+@pytest.fixture(params=TINY_BACKBONES)
+def objective(request):
+    """Freshly initialised, as training begins: with layers at zero, behind which nothing has a gradient."""
+    return EGCObjective(TINY_BACKBONES[request.param](randomise=False, sample_size=8, class_embedding=True), 0.5, 0.1)
+
+
+def test_float32_is_exact_and_leaves_no_trace(objective):
+    before, random_state = copy.deepcopy(objective.state_dict()), torch.get_rng_state()
+    assert check_gradients(objective, inputs(11), Accelerator(cpu=True)) < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in objective.parameters())
+
+
+def test_recomputing_and_compiled_steps_pass(objective):
+    objective.energy_model.enable_gradient_checkpointing()
+    assert check_gradients(objective, inputs(), Accelerator(cpu=True)) < 1e-5
+    assert objective.energy_model.gradient_checkpointing
+
+
+def test_a_compiled_step_passes():
+    model = TINY_BACKBONES["transformer"](num_layers=1, sample_size=8)
+    objective = EGCObjective(model, 0.5)
+    objective.forward = CompiledForward(objective, backend="aot_eager")
+    assert check_gradients(objective, inputs(), Accelerator(cpu=True)) < 1e-5
+
+
+def test_bf16_passes_where_the_convolution_is_right_and_is_refused_where_it_is_not(objective):
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    if "UNet" in type(objective.energy_model).__name__ and not bf16_convolution_is_right():
+        with pytest.raises(GradientError, match="of their norm off plain float32"):
+            check_gradients(objective, inputs(), accelerator)
+    else:
+        assert 1e-4 < check_gradients(objective, inputs(), accelerator) < 0.1
+
+
+class WrongInBF16(torch.autograd.Function):
+    """Attention as on a machine whose half-precision kernel has the right values and a wrong backward pass."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        return attention_module.chunked_attention(query, key, value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradients = attention_module._AttentionBackward.apply(*ctx.saved_tensors, gradient)
+        return tuple(3 * gradient for gradient in gradients) if gradient.dtype == torch.bfloat16 else gradients
+
+
+def test_a_wrong_kernel_is_refused_by_the_layers_that_it_spoils(objective, monkeypatch):
+    monkeypatch.setattr(attention_module, "math_attention", WrongInBF16.apply)
+    before = copy.deepcopy(objective.state_dict())
+    with pytest.raises(
+        GradientError, match=r"single parameter's 2\d\d%.*worst are energy_model\.\S*attn\S+ .*mixed_precision=no"
+    ):
+        check_gradients(objective, inputs(), Accelerator(cpu=True, mixed_precision="bf16"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert check_gradients(objective, inputs(), Accelerator(cpu=True)) < 1e-5
+
+
+def test_gradients_that_are_not_finite_are_refused(objective):
+    with pytest.raises(GradientError, match="are inf% of their norm off"):
+        check_gradients(objective, inputs() | {"noise": torch.full((8, 2, 8, 8), torch.nan)}, Accelerator(cpu=True))
