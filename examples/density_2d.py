@@ -17,7 +17,7 @@ from latent_egc import EGCObjective, EGCTransformer
 from latent_egc.pipelines.schedulers import default_scheduler
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "density_2d.png"
-TIMESTEP = 60  # at which energy and score are drawn: sigma_t = 0.27, the moons a little blurred
+TIMESTEP = 60  # at which energy and score are drawn: sigma_t = 0.26, the moons a little blurred
 COLOURS = ("#a50f15", "#08519c")
 
 
@@ -80,12 +80,16 @@ def draw(model: EGCTransformer, picture: Path) -> None:
     third.contourf(x, y, probability, levels=40, cmap="RdBu", vmin=-0.25, vmax=1.25)
     third.contour(x, y, probability, levels=[0.5], colors="white", linewidths=1.2)
     points, labels = moons(300, seed=0)
-    third.scatter(*points.flatten(1).T, s=5, c=[COLOURS[label] for label in labels], edgecolors="white", linewidths=0.2)
+    third.scatter(
+        *points.flatten(1).T.numpy(), s=5, c=[COLOURS[label] for label in labels], edgecolors="white", linewidths=0.2
+    )
     third.set_title("its logits: $p(y\\,|\\,z)$")
     labels = torch.arange(600) % 2
-    samples = sample(model, labels).flatten(1)
+    samples = sample(model, labels).flatten(1).numpy()
     for label, colour in enumerate(COLOURS):
-        right.scatter(*samples[labels == label].T, s=6, color=colour, linewidths=0, alpha=0.8, label=f"$y = {label}$")
+        right.scatter(
+            *samples[labels.numpy() == label].T, s=6, color=colour, linewidths=0, alpha=0.8, label=f"$y = {label}$"
+        )
     right.legend(loc="upper right", fontsize=9, frameon=False)
     right.set_title("samples along both gradients")
     for axes in (left, second, third, right):

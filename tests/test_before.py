@@ -72,7 +72,7 @@ def test_a_run_from_before_goes_on_as_if_it_had_not_been_stopped():
 
 def test_a_cache_from_before_is_read_to_the_bit():
     config = load_config("before/cache_config.yaml")
-    cache = open_cache(config, load_autoencoder(config.autoencoder))
+    cache = open_cache(config.data, load_autoencoder(config.autoencoder), labelled=True)
     item = CachedViews(cache.train, seed=3)[5]
     assert torch.equal(item["view"], EXPECTED["cache.view"])
     assert torch.equal(item["clean_view"], EXPECTED["cache.clean_view"])

@@ -35,10 +35,6 @@ def sources():
     return files
 
 
-SOURCES = sources()
-TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-
-
 def imported_modules(name):
     """Absolute names of the modules from which a module imports, wherever in it."""
     for node in ast.walk(TREES[name]):
@@ -51,6 +47,11 @@ def imported_modules(name):
 def room_of(name):
     """The room of one of our modules, None for latent_egc itself, which only gathers names."""
     return (name.removesuffix(".__init__").split(".")[1:] or [None])[0]
+
+
+SOURCES = sources()
+CONCATENATED = {name for name in SOURCES if room_of(name) in TRAVELLING and not name.endswith("__init__")}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
 def layer_of(name):
@@ -73,7 +74,7 @@ def test_modules_import_only_from_lower_rooms(name):
             assert package in allowed, f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SOURCES if room_of(name) in TRAVELLING))
+@pytest.mark.parametrize("name", sorted(CONCATENATED))
 def test_what_travels_imports_what_travels_in_lines_that_export_can_inline(name):
     """`from .x import NAME` within a room, `from latent_egc.ROOM.x import NAME` from another, x a module's file."""
     for node in ast.walk(TREES[name]):
@@ -93,9 +94,7 @@ def test_what_travels_imports_what_travels_in_lines_that_export_can_inline(name)
 def test_names_are_unique_in_what_is_concatenated():
     """A name at the top of a module, defined there or imported from elsewhere, means one thing in all of them."""
     meanings = {}
-    for name in sorted(SOURCES):
-        if room_of(name) not in TRAVELLING or name.endswith("__init__"):
-            continue
+    for name in sorted(CONCATENATED):
         for node in TREES[name].body:
             found = {}
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
