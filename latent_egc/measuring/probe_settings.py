@@ -15,7 +15,10 @@ from latent_egc.measuring.settings import StudySettings
 
 @dataclass(frozen=True)
 class PlaceSettings(StudySettings):
-    """Which features are taken, and from which of them a suite's block, timestep and pooling are chosen."""
+    """Which features are taken, and from which of them a suite's block, timestep and pooling are chosen.
+
+    The sections `heatmap`, `heads`, ... that are read here are added to it by `with_sections`.
+    """
 
     noise_seed: int = within(0, 0, 2**32 - 1)  # an image's noise is a function of it and of the row
     num_train_images: int | None = within(None, 2)  # labelled training rows, drawn by the seed; null: all

@@ -47,10 +47,9 @@ class Report:
         if path.exists():
             self.content = read_content(path)
 
-    def settings_of(self, suite: str, default: Any = None) -> Any:
-        """With what a finished suite was measured; `default` for one that is not there."""
-        record = self.content["suites"].get(suite)
-        return default if record is None else record["settings"]
+    def settings_of(self, suite: str) -> dict[str, Any] | None:
+        """With what a finished suite was measured; None for one that is not there."""
+        return self.content["suites"].get(suite, {}).get("settings")
 
     def holds(self, suite: str, settings: dict[str, Any]) -> bool:
         """Whether the suite was finished with these very settings."""

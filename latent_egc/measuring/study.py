@@ -147,7 +147,8 @@ def _study(
         if suite not in missing:
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
-        if "noise" in wanted[suite] and "noise" not in report.settings_of(suite, default={"noise"}):
+        held = report.settings_of(suite)
+        if held is not None and "noise" in wanted[suite] and "noise" not in held:
             accelerator.print(f"{suite}: begun under an earlier rule of noise, measured anew")
         # What a stopped suite left is used again by the same subject with the same settings alone.
         origin = json.dumps([report.content["subject"]["fingerprint"], wanted[suite]], sort_keys=True)
