@@ -92,8 +92,7 @@ class TrainingConfig:
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
     shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
-    check_gradients: bool | None = None  # against plain float32, before the first step; null: where there is a choice,
-    # that is for bf16, compile and shard_optimizer
+    check_gradients: bool | None = None  # once, before the first step; null: with bf16, compile or shard_optimizer
     ema_decay: float = within(0.9999, 0.0, 1.0)  # the bound, reached by diffusers' warm-up (1 + step) / (10 + step)
     seed: int = within(0, 0, 2**32 - 1)
     log_every: int = within(10, 1)
@@ -105,6 +104,12 @@ class TrainingConfig:
     trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's trackers
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest checkpoint in output_dir, if there is one
     overwrite: bool = False  # delete a run that output_dir already holds
+
+    @property
+    def checks_gradients(self) -> bool:
+        """`check_gradients`, or its default where it is null."""
+        risky = self.mixed_precision == "bf16" or self.compile or self.shard_optimizer
+        return risky if self.check_gradients is None else self.check_gradients
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 import datasets
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny import tiny_pipeline, write_images
-from tiny_studies import FAST_EVALUATION, FAST_PROBE
+from tiny_studies import FAST_EVALUATION, FAST_PROBE, Brightness
 
 
 @pytest.fixture
@@ -68,3 +69,10 @@ def probe_context(tmp_path, monkeypatch):
         return context
 
     return make
+
+
+@pytest.fixture
+def extractor(tmp_path) -> str:
+    """A TorchScript file that gives an image's brightness: 6 features."""
+    torch.jit.script(Brightness()).save(tmp_path / "brightness_features.pt")
+    return str(tmp_path / "brightness_features.pt")

@@ -1,5 +1,7 @@
 """Tiny networks of diffusers to probe, and settings for fast studies."""
 
+import numpy as np
+import scipy.linalg
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
@@ -46,3 +48,24 @@ def tiny_dit() -> DiTTransformer2DModel:
         patch_size=2,
         num_embeds_ada_norm=5,
     )
+
+
+class Brightness(torch.nn.Module):
+    """Mean and deviation of each channel: 6 features; or 3 logits by how bright an image is."""
+
+    def __init__(self, as_logits: bool = False) -> None:
+        super().__init__()
+        self.as_logits = as_logits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mean = images.mean(dim=(2, 3))
+        if self.as_logits:
+            return -(mean.mean(dim=1)[:, None] - torch.tensor([0.2, 0.5, 0.8])).abs()
+        return torch.cat([mean, images.flatten(2).std(dim=2)], dim=1)
+
+
+def scipy_frechet(first: np.ndarray, second: np.ndarray) -> float:
+    covariances = [np.cov(rows, rowvar=False) for rows in (first, second)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    difference = first.mean(0) - second.mean(0)
+    return difference @ difference + np.trace(covariances[0] + covariances[1] - 2 * root)

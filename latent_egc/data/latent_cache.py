@@ -36,22 +36,8 @@ IMAGES_PER_SHARD = 256
 # Half precision: its rounding, 2^-11 of a value, is far below the autoencoder's own error, and it halves the disk.
 STORED_DTYPE = "float16"
 
-# Keys of the data section that decide what is encoded; the others (workers, the cache's own place) do not.
-IDENTITY_KEYS = (
-    "dataset",
-    "subset",
-    "data_dir",
-    "data_files",
-    "train_split",
-    "validation_split",
-    "validation_fraction",
-    "image_column",
-    "label_column",
-    "image_size",
-    "horizontal_flip",
-    "random_resized_crop",
-    "num_views",
-)
+# Keys of the data section that do not decide what is encoded.
+NOT_IDENTITY = {"label_fraction", "latent_cache", "num_workers", "skip_corrupt"}
 
 
 def encode(
@@ -266,8 +252,8 @@ class CachedViews(Dataset):
 
 
 def _identity(data: DataConfig, vae: ModelMixin, labelled: bool) -> dict[str, Any]:
-    values = {f"data.{key}": getattr(data, key) for key in IDENTITY_KEYS}
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    keys = [field.name for field in dataclasses.fields(data) if field.name not in NOT_IDENTITY]
+    values = {f"data.{key}": list(v) if isinstance(v := getattr(data, key), tuple) else v for key in keys}
     return values | {"autoencoder": fingerprint(vae), "labelled": labelled}
 
 

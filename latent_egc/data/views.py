@@ -69,10 +69,7 @@ def keep_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 class Views(Protocol):
-    """The images of one split: two views of each sample of the training stream, and each image's central view.
-
-    It never holds the autoencoder, so that it can be sent to a worker process.
-    """
+    """The images of one split. It never holds the autoencoder, so that it can be sent to a worker process."""
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -83,12 +80,10 @@ class Views(Protocol):
         """
 
     def central(self, images: Sequence[int]) -> list[tuple[int, torch.Tensor, int]]:
-        """For each image its number, its central view and its label, never hidden. Without the corrupt ones, where
-        `data.skip_corrupt` allows it.
-        """
+        """Number, central view and label, never hidden, of each image; corrupt ones are left out if they may be."""
 
     def moments(self, vae: ModelMixin | None, views: torch.Tensor) -> torch.Tensor:
-        """A batch of views (N, C', h', w') -> the moments (N, C'', h, w) that `latents_from_moments` takes."""
+        """A batch of views -> the moments that `latents_from_moments` takes."""
 
 
 class PixelViews(Dataset):

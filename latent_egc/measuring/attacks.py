@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from latent_egc.config import ConfigError
+from latent_egc.methods.denoised_classification import denoised_log_probabilities
+from latent_egc.models import energy_potential
 from latent_egc.pipelines import EGCPipeline
 
 Attack = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images (N, 3, H, W) in [0, 1], labels (N,) -> attacked images
@@ -33,9 +35,6 @@ class PixelClassifier(nn.Module):
 class DenoisedClassifier(PixelClassifier):
     """Noise the latents, denoise them in one step, classify; probabilities are the mean over fresh draws of noise.
 
-    An attack that differentiates this averages its gradient over the noise: expectation over transformation (Athalye et
-    al., ICML 2018), which a defence by randomness must withstand.
-
     Args:
         pipeline: whose network denoises and classifies.
         timestep: how much noise.
@@ -48,13 +47,11 @@ class DenoisedClassifier(PixelClassifier):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, K), the logarithm of the mean probabilities."""
-        model = self.energy_model
-        latents = self.pipeline.encode(2 * images - 1).repeat_interleave(self.num_draws, dim=0)
-        alpha, sigma = model.noise_levels(torch.tensor(self.timestep, device=latents.device))
-        noisy = alpha * latents + sigma * torch.randn_like(latents)
-        denoised = (noisy - sigma * model.epsilon(noisy, self.timestep)) / alpha
-        log_probabilities = model(denoised, 0).logits.log_softmax(dim=1).unflatten(0, (-1, self.num_draws))
-        return log_probabilities.logsumexp(dim=1) - np.log(self.num_draws)
+        model, latents = self.energy_model, self.pipeline.encode(2 * images - 1)
+        noise = torch.randn(
+            len(latents), self.num_draws, *latents.shape[1:], device=latents.device, dtype=latents.dtype
+        )
+        return denoised_log_probabilities(energy_potential(model), model, latents, noise, self.timestep)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ DifFeed can add to a block's output. Blocks are called "in", then "down.LEVEL.LA
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ class Denoiser:
         vae: the autoencoder whose latents it was trained on; None: pixels in [-1, 1].
         alphas_cumprod: (T,) abar_t of its noise schedule.
         class_names: of the energy network's classifier; empty for others.
-        source: where it came from, for messages and for training on.
+        source: where it came from, for messages.
 
     Raises:
         ConfigError: another kind of network, or one that cannot be used without labels.
@@ -188,17 +189,16 @@ def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
     Raises:
         ConfigError: nothing there that can be loaded, or no denoiser that can be probed.
     """
-    folder = Path(source).expanduser()
-    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ConfigError(f"no such run, pipeline or network: {source}")
+    folder, components = Path(source).expanduser(), None
+    is_network = (folder / "config.json").is_file()
     try:
-        if folder.is_dir() and (folder / "config.json").is_file():
-            return Denoiser(AutoModel.from_pretrained(str(folder)).to(device), None, _ddpm_schedule(), source=source)
-        place = str(resolve_pipeline(folder)) if folder.exists() else source
-        try:
-            components = DiffusionPipeline.load_config(place)
-        except OSError:  # a Hub repository of one network
-            return Denoiser(AutoModel.from_pretrained(place).to(device), None, _ddpm_schedule(), source=source)
+        place = str(folder if is_network else resolve_pipeline(source))
+        if not is_network:
+            with suppress(OSError):  # else it is a Hub repository of one network
+                components = DiffusionPipeline.load_config(place)
+        if components is None:
+            network = AutoModel.from_pretrained(place).to(device)
+            return Denoiser(network, None, DDPMScheduler().alphas_cumprod, source=source)
         if "energy_model" in components:
             pipeline = EGCPipeline.from_pretrained(place).to(device)
             network, names = pipeline.energy_model, [name for _, name in sorted(pipeline.id2label.items())]
@@ -216,7 +216,3 @@ def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
     if schedule is None:
         raise ConfigError(f"{source}: {type(pipeline.scheduler).__name__} has no alphas_cumprod, the noise is unknown")
     return Denoiser(network, parts.get("vae") or parts.get("vqvae"), schedule, source=source)
-
-
-def _ddpm_schedule() -> torch.Tensor:
-    return DDPMScheduler().alphas_cumprod

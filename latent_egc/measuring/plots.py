@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from latent_egc.measuring.results import Metric
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -33,28 +35,27 @@ def _png(figure: Figure) -> bytes:
 
 def lines(
     x: Sequence[float] | Sequence[str],
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Sequence[float | Metric]],
     x_name: str,
     y_name: str,
     y_limits: tuple[float, float] | None = None,
-    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     level: tuple[float, str] | None = None,
 ) -> bytes:
     """Curves over one axis.
 
     Args:
         x: positions of the points, or their names.
-        series: name -> values at `x`.
+        series: name -> values at `x`; the intervals of metrics are drawn as a shade.
         x_name, y_name: the axes' names.
         y_limits: of the vertical axis, None: by the data.
-        bands: name of a series -> lower and upper bounds, drawn as a shade.
         level: a horizontal line's height and its name.
     """
     figure, axes = _axes()
-    for name, values in series.items():
-        (line,) = axes.plot(x, values, marker="o", markersize=3.5, label=name)
-        if bands and name in bands:
-            axes.fill_between(x, *bands[name], color=line.get_color(), alpha=0.15, linewidth=0)
+    for name, points in series.items():
+        metrics = [point if isinstance(point, Metric) else Metric(point) for point in points]
+        (line,) = axes.plot(x, [metric.value for metric in metrics], marker="o", markersize=3.5, label=name)
+        bounds = zip(*(metric.interval or (metric.value,) * 2 for metric in metrics), strict=True)
+        axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15, linewidth=0)
     if level is not None:
         axes.axhline(level[0], color="0.5", linestyle="--", linewidth=1, label=level[1])
     axes.set(xlabel=x_name, ylabel=y_name)

@@ -1,6 +1,6 @@
 """What a suite finds: numbers with confidence intervals, tables, pictures and remarks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +71,6 @@ class SuiteResult:
     tables: list[Table] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def band(metrics: Iterable[Metric]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Lower and upper bounds of a curve's points; a metric without interval is its own."""
-    lower, upper = zip(*(metric.interval or (metric.value,) * 2 for metric in metrics), strict=True)
-    return lower, upper
 
 
 def bootstrapped(

@@ -1,7 +1,7 @@
 """One engine, two front doors: `evaluate` judges a pipeline, `probe` a denoiser's features, suite by suite.
 
 A suite is a module with `Settings`, a dataclass or None, and `run(context, settings)`; adding one is its file and its
-line below. Each is written into the report as soon as it is finished, and not run again with the same settings.
+name below. Each is written into the report as soon as it is finished, and not run again with the same settings.
 """
 
 import difflib
@@ -45,39 +45,16 @@ from latent_egc.measuring.suites import (
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import resolve_pipeline
 
-EVALUATION = {
-    "classification": classification,
-    "calibration": calibration,
-    "generation": generation,
-    "robustness": robustness,
-    "corruption": corruption,
-    "ood": ood,
-    "likelihood": likelihood,
-}
-PROBING = {
-    "heatmap": heatmap,
-    "pooling": pooling,
-    "heads": heads,
-    "cka": cka,
-    "fusion": fusion,
-    "few_shot": few_shot,
-    "comparison": comparison,
-}
+
+def _by_name(*suites: ModuleType) -> dict[str, ModuleType]:
+    return {suite.__name__.rpartition(".")[2]: suite for suite in suites}
+
+
+EVALUATION = _by_name(classification, calibration, generation, robustness, corruption, ood, likelihood)
+PROBING = _by_name(heatmap, pooling, heads, cka, fusion, few_shot, comparison)
 EvaluationSettings = with_sections("EvaluationSettings", StudySettings, EVALUATION)
 ProbeSettings = with_sections("ProbeSettings", PlaceSettings, PROBING)
-PACKAGES = (
-    "latent-egc",
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "torchmetrics",
-    "adversarial-robustness-toolbox",
-)
+PACKAGES = "latent-egc torch diffusers transformers accelerate datasets numpy scipy scikit-learn torchmetrics"
 
 
 def evaluate(
@@ -213,7 +190,7 @@ def _digests(section: dict[str, Any]) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     """Of Python and of the installed packages that numbers depend on."""
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES.split(), "adversarial-robustness-toolbox"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

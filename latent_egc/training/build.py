@@ -49,11 +49,7 @@ def resolve(config: Config) -> Config:
 
 
 def build_network(model: Mapping[str, Any]) -> EnergyModel:
-    """A freshly initialised network from a resolved `model` section; `init_from` is not looked at.
-
-    Raises:
-        ConfigError: arguments that contradict each other.
-    """
+    """A fresh network from a resolved `model` section. Raises ConfigError where its arguments contradict each other."""
     arguments = {key: value for key, value in model.items() if key not in ("backbone", "init_from")}
     try:
         return BACKBONES[model["backbone"]](**arguments)
@@ -62,11 +58,7 @@ def build_network(model: Mapping[str, Any]) -> EnergyModel:
 
 
 def build_model(model: Mapping[str, Any], shape: tuple[int, int, int]) -> EnergyModel:
-    """`build_network`, checked against the latents' shape (C, h, w).
-
-    Raises:
-        ConfigError: a resolved `model` section that contradicts itself or the latents.
-    """
+    """`build_network`, checked against the latents' shape (C, h, w). Raises ConfigError where they do not fit."""
     network = build_network(model)
     for key, wanted, reason in (
         ("in_channels", shape[0], "the channels of the latents"),
@@ -91,13 +83,9 @@ def build_data(data: DataConfig, vae: ModelMixin | None, num_classes: int | None
     """The latent cache where there is one, else the images.
 
     Args:
-        data: the run's section.
-        vae: the run's autoencoder; None is pixel space.
+        data, vae: the run's section and autoencoder; None is pixel space.
         num_classes: K of the model; None ignores labels.
         seed: of the stream's order and augmentation, and of which labels are kept.
-
-    Raises:
-        ConfigError: data that cannot be used, or a cache of other data, views or autoencoder.
     """
     if data.latent_cache is not None:
         cache = open_cache(data, vae, num_classes is not None)
@@ -131,9 +119,6 @@ def describe(config: Config) -> str:
 
     The activations are estimated as four times the outputs of all layers: the forward pass, its input gradient and what
     the second backward keeps of both, and the clean batch.
-
-    Raises:
-        ConfigError: something in the configuration cannot be used.
     """
     config = resolve(config)
     shape = latent_shape(load_autoencoder(config.autoencoder), config.data.image_size)

@@ -43,15 +43,10 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What `checkpoint.json` says.
+    """What `checkpoint.json` says."""
 
-    Args:
-        global_step: optimiser steps done.
-        score: higher is better: validation accuracy, or minus the denoising loss of an unlabelled model; None where
-            training was stopped between validations.
-    """
-
-    global_step: int
+    global_step: int  # optimiser steps done
+    # Higher is better: validation accuracy, or minus the denoising loss; None where training stopped in between.
     score: float | None
 
 
@@ -78,17 +73,12 @@ def best_checkpoint(run: str | Path) -> Path | None:
 
 
 def resolve_pipeline(name: str | Path) -> str | Path:
-    """Where the pipeline lies that a name means, as `from_pretrained` takes it.
-
-    Args:
-        name: a pipeline's own folder; a run's folder, which means its last pipeline, else its best or else its newest
-            checkpoint's; or, as a string, a Hub id.
-
-    Returns:
-        A folder with a model_index.json; or the Hub id as it is.
+    """Where the pipeline lies that a name means, as `from_pretrained` takes it: a folder with a model_index.json, or a
+    string that names no folder, a Hub id, as it is. A run's folder means its last pipeline, else that of its best or
+    else of its newest checkpoint.
 
     Raises:
-        FileNotFoundError: nothing is there, or a folder that holds neither.
+        FileNotFoundError: a path where nothing is, or a folder that holds neither.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -124,15 +114,7 @@ def save_checkpoint(
     save_pipeline: Callable[[Path], None],
     keep: int,
 ) -> None:
-    """Writes a checkpoint, whole or not at all, and deletes those that are no longer kept; for every process to call.
-
-    Args:
-        run: the run's folder.
-        record: says what the checkpoint is.
-        accelerator: knows the state that a resumed run needs.
-        optimizer: of whose state each process may hold a part.
-        save_pipeline: writes the run's pipeline to a folder.
-        keep: as in `prune_checkpoints`.
+    """Writes a checkpoint and deletes those that are no longer kept; for every process to call.
 
     Raises:
         CheckpointError: writing failed; the earlier checkpoints are as they were.
@@ -152,11 +134,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(run: Path, accelerator: Accelerator) -> int:
-    """Goes back to a run's newest checkpoint; returns the optimiser steps done, 0 where there is none.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-    """
+    """Goes back to a run's newest checkpoint; returns the steps done, 0 where there is none. Raises CheckpointError."""
     checkpoints = checkpoint_folders(run)
     if not checkpoints:
         return 0
@@ -173,13 +151,9 @@ def load_checkpoint(run: Path, accelerator: Accelerator) -> int:
 def prepare_run_folder(config: Config, accelerator: Accelerator) -> None:
     """Makes `output_dir` ready: checkpoints in it afterwards are those to go on from. For every process to call.
 
-    Args:
-        config: with its `model` resolved.
-        accelerator: the main process does it, the others wait.
-
     Raises:
         ConfigError: the folder holds a run and neither `training.resume` nor `training.overwrite` says what to do with
-            it, or the run to resume has another model.
+            it, or the run to resume has another model than the resolved one of `config`.
     """
     run, training = Path(config.output_dir), config.training
     if accelerator.is_main_process:

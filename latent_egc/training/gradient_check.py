@@ -66,8 +66,8 @@ def check_gradients(objective: EGCObjective, inputs: Mapping[str, torch.Tensor],
         named = ", ".join(f"{name} {errors[name]:.0%}" for name in worst)
         raise GradientError(
             f"training.check_gradients: this run's gradients are {error:.1%} of their norm off plain float32 (allowed "
-            f"are {allowed:.1%}), a single parameter's {single_error:.0%} (allowed are {single_allowed:.0%}); worst are "
-            f"{named}. A kernel of this machine is wrong for these shapes: set training.mixed_precision=no, "
+            f"are {allowed:.1%}), a single parameter's {single_error:.0%} (allowed are {single_allowed:.0%}); worst "
+            f"are {named}. A kernel of this machine is wrong for these shapes: set training.mixed_precision=no, "
             "training.compile=false or another training.train_batch_size; on a CPU with AMX the environment variable "
             "ONEDNN_MAX_CPU_ISA=AVX512_CORE helps bf16 (docs/decisions.md). training.check_gradients=false trains all "
             "the same"

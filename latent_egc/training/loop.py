@@ -43,6 +43,7 @@ from latent_egc.training.checkpoints import (
     save_checkpoint,
 )
 from latent_egc.training.figures import save_curves, save_samples
+from latent_egc.training.gradient_check import check_gradients
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
@@ -78,6 +79,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     Raises:
         ConfigError: something in the configuration cannot be used; nothing was written.
         NonFiniteLossError: a loss or gradient is not finite; checkpoints stay as they are.
+        GradientError: the run's gradients are wrong on this machine; no step was taken.
         CheckpointError: a checkpoint could not be written or read.
     """
     config = resolve(config)
@@ -106,8 +108,12 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         f"process(es) on {accelerator.device.type}; training reads {data.source}"
         + (f"\nresumed at step {step}" if step else "")
     )
-    # Here is the place of training.check_gradients; `next(micro_batches(...))` has the objective's inputs.
-    batches = micro_batches(config, data.train, vae, shape, step, accelerator)
+    if training.checks_gradients and step < training.max_steps:
+        inputs, _ = next(micro_batches(config, data.train, vae, step, accelerator))
+        error = check_gradients(accelerator.unwrap_model(objective), inputs, accelerator)
+        metrics.add(step, {"gradient_error": error})
+        accelerator.print(f"gradients are {error:.2%} off plain float32")
+    batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
     with running(accelerator, step, training.max_steps) as (progress, stops):
         while step < training.max_steps:
@@ -151,10 +157,10 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
             if stopped:
                 accelerator.print(f"stopped at step {step}, checkpoint saved; training.resume=auto goes on from here")
                 return folder
-    if accelerator.is_main_process:
-        replace_folder(folder / "pipeline", save_pipeline)
-        save_curves(read_metrics(metrics.path), folder / "curves.png")
-    accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            replace_folder(folder / "pipeline", save_pipeline)
+            save_curves(read_metrics(metrics.path), folder / "curves.png")
+        accelerator.wait_for_everyone()
     return folder
 
 
@@ -186,11 +192,7 @@ def prepare(
     if training.compile:
         objective.forward = CompiledForward(objective)
     objective = accelerator.prepare(objective)
-    options = {
-        "lr": training.learning_rate,
-        "betas": training.adam_betas,
-        "weight_decay": training.weight_decay,
-    }
+    options = {"lr": training.learning_rate, "betas": training.adam_betas, "weight_decay": training.weight_decay}
     if training.shard_optimizer and accelerator.num_processes > 1:  # each process keeps a part of the state
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, **options)
     else:
@@ -214,25 +216,15 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def micro_batches(
-    config: Config,
-    views: Views,
-    vae: ModelMixin | None,
-    shape: tuple[int, int, int],
-    first_step: int,
-    accelerator: Accelerator,
+    config: Config, views: Views, vae: ModelMixin | None, first_step: int, accelerator: Accelerator
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """This process's micro-batches from a step on: the objective's inputs, and how many corrupt images were skipped."""
     training, workers = config.training, config.data.num_workers
     num_timesteps, num_classes = config.model["num_train_timesteps"], config.model["num_classes"]
+    shape = latent_shape(vae, config.data.image_size)
     samples = TrainingSamples(views, training.seed, shape, num_timesteps, config.objective.label_drop)
-    schedule = BatchSchedule(
-        first_step,
-        training.max_steps,
-        training.train_batch_size,
-        training.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
+    schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
     for batch in DataLoader(samples, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0):
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         inputs = objective_inputs(batch, views, vae, config.autoencoder.sample_posterior, num_classes is not None)
@@ -244,12 +236,8 @@ def objective_inputs(
 ) -> dict[str, torch.Tensor]:
     """The arguments of `EGCObjective.forward` for one micro-batch of `TrainingSamples`, on the batch's device.
 
-    Args:
-        batch: see `Views` and `sample_draws`.
-        views: what the batch's views came from.
-        vae: the run's autoencoder; None is pixel space.
-        sample_posterior: latents are samples of the autoencoder's posterior; False: its means.
-        labelled: the model has classes.
+    With `sample_posterior` latents are samples of the autoencoder's posterior, else its means; `labelled`: the model
+    has classes.
     """
 
     def latents(view: str, posterior_noise: str) -> torch.Tensor:
@@ -269,7 +257,7 @@ class StepResult(NamedTuple):
 
     values: dict[str, float]  # means of the objective's losses, and grad_norm
     num_skipped: int  # corrupt images
-    stop: bool  # a process was asked to stop
+    stop: bool  # some process was asked to
 
 
 def accumulate_gradients(
@@ -279,15 +267,7 @@ def accumulate_gradients(
     accelerator: Accelerator,
     stops: list[int],
 ) -> StepResult:
-    """The gradients of one step, clipped, from as many of the micro-batches as belong to it.
-
-    Args:
-        objective: as prepared by the accelerator.
-        batches: from `micro_batches`.
-        training: the run's section.
-        accelerator: adds up over the processes.
-        stops: the signals that this process received.
-    """
+    """The gradients of one step, clipped, from the next of `micro_batches`; `stops`: the signals received here."""
     # loss, denoising_loss, classification_loss, images skipped, processes asked to stop
     totals = torch.zeros(5, device=accelerator.device)
     for _ in range(training.gradient_accumulation_steps):

@@ -51,8 +51,6 @@ def validate(
     Args:
         model: with the weights to judge.
         latents, labels, numbers: this process's share, from `validation_latents`.
-        accelerator: sums over the processes.
-        batch_size: rows at once.
 
     Returns:
         validation_accuracy (for a model with classes), validation_denoising_loss, and its mean over each quarter of the

@@ -129,7 +129,7 @@ def test_denoisers_that_cannot_be_probed(tmp_path):
         ("conditional", "no null label"),
         ("two", "takes 2 channels, pixels, as there is no autoencoder, have 3"),
         ("empty", "holds no pipeline"),
-        ("none", "no such run, pipeline or network"),
+        ("none", "no such run or pipeline"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_denoiser(str(tmp_path / folder))

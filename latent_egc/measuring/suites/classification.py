@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from latent_egc.config import within
 from latent_egc.measuring import plots
 from latent_egc.measuring.evaluation_context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,9 @@ def _noise_curve(context: EvaluationContext, settings: Settings, clean: Metric) 
     for timestep in timesteps:
         _, logits = context.energies_and_logits(context.latents, timestep, context.rows)
         accuracies.append(context.with_interval(np.mean, in_top_k(logits, context.labels, 1)))
-    name = "noised latents"
+    series, level = {"noised latents": accuracies}, (clean.value, "clean latents at timestep 0")
     return Figure(
         "noise_level",
         "Accuracy of the same classifier on latents noised to each timestep, with 95 % intervals.",
-        plots.lines(
-            timesteps,
-            {name: [metric.value for metric in accuracies]},
-            "timestep",
-            "top-1 accuracy",
-            (0, 1.02),
-            {name: band(accuracies)},
-            (clean.value, "clean latents at timestep 0"),
-        ),
+        plots.lines(timesteps, series, "timestep", "top-1 accuracy", (0, 1.02), level),
     )

@@ -14,7 +14,7 @@ from latent_egc.config import ConfigError, load_data_config, within
 from latent_egc.data.sources import load_splits
 from latent_egc.measuring import plots
 from latent_egc.measuring.evaluation_context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,8 @@ def _figures(
     timesteps = settings.timesteps
     if len(timesteps) > 1:
         aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]
-        curve = "energy of noised latents"
-        picture = plots.lines(
-            timesteps,
-            {curve: [auroc.value for auroc in aurocs]},
-            "timestep",
-            "AUROC",
-            (0, 1.02),
-            {curve: band(aurocs)},
-            (0.5, "chance"),
-        )
+        series = {"energy of noised latents": aurocs}
+        picture = plots.lines(timesteps, series, "timestep", "AUROC", (0, 1.02), (0.5, "chance"))
         caption = "AUROC of the energy against the noise level, with 95 % intervals."
         figures.append(Figure("timesteps", caption, picture))
     return figures

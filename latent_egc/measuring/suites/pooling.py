@@ -2,7 +2,7 @@
 
 from latent_egc.measuring import plots
 from latent_egc.measuring.probe_context import CHOICE_NOTE, ProbeContext, best
-from latent_egc.measuring.results import Figure, SuiteResult, Table, band
+from latent_egc.measuring.results import Figure, SuiteResult, Table
 
 Settings = None
 
@@ -12,12 +12,8 @@ def run(context: ProbeContext, settings: None = None) -> SuiteResult:
     scores = context.poolings
     metrics = {f"linear probe at {place}": context.accuracy_of(score) for place, score in scores.items()}
     chosen = best(scores)
-    name = f"{chosen.block}, timestep {chosen.timestep}"
-    bands = {name: band(metrics.values())}
-    values = {name: [score.accuracy for score in scores.values()]}
-    picture = plots.lines(
-        [f"{p.pooling} x {p.pooling}" for p in scores], values, "map averaged to", "accuracy", None, bands
-    )
+    series = {f"{chosen.block}, timestep {chosen.timestep}": list(metrics.values())}
+    picture = plots.lines([f"{p.pooling} x {p.pooling}" for p in scores], series, "map averaged to", "accuracy")
     rows = [[p.pooling, context.features("validation", p)[0].size, metrics[f"linear probe at {p}"]] for p in scores]
     return SuiteResult(
         num_samples=len(context.labels),

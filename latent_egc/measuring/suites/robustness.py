@@ -20,7 +20,7 @@ from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.attacks import Attack, Attacker, DenoisedClassifier, PixelClassifier, Threat
 from latent_egc.measuring.evaluation_context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table, band
+from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import resolve_pipeline
 
@@ -268,15 +268,13 @@ def _curves(context: EvaluationContext, lines: list[Line]) -> list[Figure]:
         if not own:
             continue
         eps = [0.0, *(scale * line.threat.eps for line in own if line.attack == "FGSM")]
-        series, bands = {}, {}
+        series = {}
         for model, attack in itertools.product(lines[0].right, dict.fromkeys(line.attack for line in own)):
             right = [lines[0].right[model], *(line.right[model] for line in own if line.attack == attack)]
             points = [context.accuracy(r) for r in right]
-            name = f"{model}, {attack}"
-            series[name] = [point.value for point in points]
-            if attack != "FGSM":
-                bands[name] = band(points)
-        picture = plots.lines(eps, series, f"eps in {norm}{unit}", "accuracy", (-0.02, 1.02), bands)
+            # FGSM's intervals are left out, for the eye's sake.
+            series[f"{model}, {attack}"] = [p.value for p in points] if attack == "FGSM" else points
+        picture = plots.lines(eps, series, f"eps in {norm}{unit}", "accuracy", (-0.02, 1.02))
         caption = f"Accuracy against the size of the attack in {norm}, with 95 % intervals of PGD."
         figures.append(Figure(f"accuracy_{norm}", caption, picture))
     return figures
