@@ -28,7 +28,7 @@ from latent_egc.data.autoencoders import load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, encode
 from latent_egc.data.sources import ImageTable, load_splits
 from latent_egc.data.views import keep_labels
-from latent_egc.training.build import build_data
+from latent_egc.training.build import Data, build_data
 from latent_egc.training.checkpoints import read_metrics
 from latent_egc.training.loop import train
 
@@ -59,57 +59,47 @@ CONFIG = load_config(
 )
 
 
-class Experiment:
-    """The cached digits, and how a network is trained on some of them.
+def train_network(data: Data, images: np.ndarray, labels: np.ndarray, classification_weight: float, seed: int) -> float:
+    """Trains a network and returns the accuracy of its averaged weights on the held-out digits.
 
-    Attributes:
-        data: the cache's two splits.
-        labels: (1437,) int64, all of the training labels.
+    Args:
+        data: the latent cache's two splits.
+        images: (M,) numbers of training images, one M-th of the stream each; an image may come more than once.
+        labels: (M,) theirs, -1 = unlabelled.
+        classification_weight: as in `EGCObjective`; its mean is over all rows, and unlabelled ones add 0.
+        seed: of the initialisation, the order, the views, the timesteps and the noise.
     """
+    views = CachedViews(data.train.rows.select(images), seed)
+    views.labels = labels
+    config = replace(
+        CONFIG,
+        objective=replace(CONFIG.objective, classification_weight=classification_weight),
+        training=replace(CONFIG.training, seed=seed),
+        output_dir=str(FOLDER / "run"),
+    )
+    run = train(config, data=replace(data, train=views))
+    return read_metrics(run / "metrics.jsonl")[-1]["validation_accuracy"]
 
-    def __init__(self) -> None:
-        self.data = build_data(CONFIG.data, load_autoencoder(CONFIG.autoencoder), num_classes=10, seed=0)
-        self.labels = self.data.train.labels
 
-    def accuracy(self, images: np.ndarray, labels: np.ndarray, classification_weight: float, seed: int) -> float:
-        """Trains a network and returns the accuracy of its averaged weights on the held-out digits.
-
-        Args:
-            images: (M,) numbers of training images, one M-th of the stream each; an image may come more than once.
-            labels: (M,) theirs, -1 = unlabelled.
-            classification_weight: as in `EGCObjective`; its mean is over all rows, and unlabelled ones add 0.
-            seed: of the initialisation, the order, the views, the timesteps and the noise.
-        """
-        views = CachedViews(self.data.train.rows.select(images), seed)
-        views.labels = labels
-        config = replace(
-            CONFIG,
-            objective=replace(CONFIG.objective, classification_weight=classification_weight),
-            training=replace(CONFIG.training, seed=seed),
-            output_dir=str(FOLDER / "run"),
-        )
-        run = train(config, data=replace(self.data, train=views))
-        return read_metrics(run / "metrics.jsonl")[-1]["validation_accuracy"]
-
-    def accuracies(self, num_labels: int, seed: int) -> dict[str, float]:
-        """Accuracy of every method with the same labels."""
-        labels = keep_labels(self.labels, num_labels / len(self.labels), seed)
-        (kept,) = np.nonzero(labels >= 0)
-        if len(kept) != num_labels:
-            raise RuntimeError(f"{len(kept)} labels are kept instead of {num_labels}")
-        # All images once, and the labelled ones as often as gives them half of the stream; the weight is doubled
-        # because the other half adds nothing to the classification loss.
-        half = np.concatenate([np.arange(len(labels)), np.resize(kept, len(labels) - 2 * len(kept))])
-        splits = load_splits(CONFIG.data, num_classes=10)
-        train_pixels, validation_pixels = pixels(splits.train), pixels(splits.validation)
-        svc = SVC().fit(train_pixels[kept], labels[kept])
-        spreading = LabelSpreading("knn").fit(train_pixels, labels)
-        return {
-            "network": self.accuracy(half, labels[half], 2 * CLASSIFICATION_WEIGHT, seed),
-            "network alone": self.accuracy(kept, labels[kept], CLASSIFICATION_WEIGHT, seed),
-            "SVC": svc.score(validation_pixels, splits.validation.labels),
-            "LabelSpreading": spreading.score(validation_pixels, splits.validation.labels),
-        }
+def accuracies(data: Data, num_labels: int, seed: int) -> dict[str, float]:
+    """Accuracy of every method with the same labels."""
+    labels = keep_labels(data.train.labels, num_labels / len(data.train), seed)
+    (kept,) = np.nonzero(labels >= 0)
+    if len(kept) != num_labels:
+        raise RuntimeError(f"{len(kept)} labels are kept instead of {num_labels}")
+    # All images once, and the labelled ones as often as gives them half of the stream; the weight is doubled because
+    # the other half adds nothing to the classification loss.
+    half = np.concatenate([np.arange(len(labels)), np.resize(kept, len(labels) - 2 * len(kept))])
+    splits = load_splits(CONFIG.data, num_classes=10)
+    train_pixels, validation_pixels = pixels(splits.train), pixels(splits.validation)
+    svc = SVC().fit(train_pixels[kept], labels[kept])
+    spreading = LabelSpreading("knn").fit(train_pixels, labels)
+    return {
+        "network": train_network(data, half, labels[half], 2 * CLASSIFICATION_WEIGHT, seed),
+        "network alone": train_network(data, kept, labels[kept], CLASSIFICATION_WEIGHT, seed),
+        "SVC": svc.score(validation_pixels, splits.validation.labels),
+        "LabelSpreading": spreading.score(validation_pixels, splits.validation.labels),
+    }
 
 
 def pixels(images: ImageTable) -> np.ndarray:
@@ -120,13 +110,14 @@ def pixels(images: ImageTable) -> np.ndarray:
 def measure() -> dict[str, dict[str, float]]:
     """Labels and seed, as "10 labels, seed 0" -> method -> accuracy; in a file, so that nothing is measured twice."""
     encode(CONFIG.data, CONFIG.autoencoder, num_classes=10)
-    experiment, file = Experiment(), FOLDER / "accuracies.json"
+    data = build_data(CONFIG.data, load_autoencoder(CONFIG.autoencoder), num_classes=10, seed=0)
+    file = FOLDER / "accuracies.json"
     measured = json.loads(file.read_text()) if file.is_file() else {}
     for seed in SEEDS:
         for num_labels in NUM_LABELS:
             name = f"{num_labels} labels, seed {seed}"
             if name not in measured:
-                measured[name] = experiment.accuracies(num_labels, seed)
+                measured[name] = accuracies(data, num_labels, seed)
                 file.write_text(json.dumps(measured, indent=1))
             print(name, "  ".join(f"{method} {value:.1%}" for method, value in measured[name].items()), flush=True)
     return measured

@@ -1,8 +1,7 @@
 """Train the small digits autoencoder that ships inside ``latent_egc``.
 
-The model is a ``diffusers.AutoencoderKL`` that maps the scikit-learn digits (shown as 32x32 RGB
-images) to 8x8 latents. Only the training part of the split is used for training and for the
-scaling factor; the held-out part is used for the printed numbers.
+The model is a ``diffusers.AutoencoderKL`` that maps the scikit-learn digits (shown as 32x32 RGB images) to 8x8 latents.
+The training part of the split makes it and its scaling factor, the held-out part the printed numbers.
 
 Command that made the shipped weights (about five minutes on one CPU core)::
 
@@ -57,8 +56,8 @@ def build_model(latent_channels: int) -> AutoencoderKL:
 def train(model: AutoencoderKL, images: torch.Tensor, args: argparse.Namespace) -> None:
     """Minimise mean squared error plus a lightly weighted KL term (mean over latent values).
 
-    The decoder sees latents with extra noise, measured in each channel's own std. It makes the
-    decoder robust, and keeps every channel in use: the KL term alone lets redundant ones die.
+    The decoder sees latents with extra noise, in each channel's own std: it becomes robust, and every channel stays in
+    use, while the KL term alone lets redundant ones die.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     warmup = 50

@@ -15,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--repeats", type=positive_integer, default=20, help="timings of each step (default 20)")
     add_device_argument(parser)
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmark.json"), help="file for all numbers (default benchmark.json)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="file of all numbers (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders that are searched for them")
     parser.add_argument("--top-k", type=int, default=1, help="classes named for each image (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--batch-size", type=positive_integer, default=64, help="images classified at once (default 64)"
-    )
+    parser.add_argument("--batch-size", type=positive_integer, default=64, help="images at once (default 64)")
     add_device_argument(parser)
 
 

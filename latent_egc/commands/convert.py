@@ -13,16 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to convert, and what it does not say itself."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-egc", type=Path, metavar="FILE", help="the published EGC's U-Net, .pt or .safetensors")
-    source.add_argument(
-        "--from-dit", metavar="SOURCE", help="a diffusers DiT to go on training from: a Hub id or a folder"
-    )
+    source.add_argument("--from-dit", metavar="SOURCE", help="a diffusers DiT to train on: a Hub id or a folder")
     parser.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
-    parser.add_argument(
-        "--autoencoder",
-        default=None,
-        help="whose latents the network was trained on, a Hub id or a folder (default stabilityai/sd-vae-ft-mse; for "
-        "--from-dit the repository's own)",
-    )
+    autoencoder = "whose latents it was trained on, Hub id or folder (default stabilityai/sd-vae-ft-mse; DiT: its own)"
+    parser.add_argument("--autoencoder", default=None, help=autoencoder)
     only_egc = parser.add_argument_group("what the file of --from-egc does not say")
     only_egc.add_argument("--sample-size", type=positive_integer, help="height and width of the latents (default 32)")
     only_egc.add_argument("--num-attention-heads", type=positive_integer, help="of every block (default 4)")

@@ -16,14 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--classes", nargs="+", default=None, help="names or ids; default: all, at most 10")
     labels.add_argument("--unlabelled", action="store_true", help="sample without labels, unguided")
-    parser.add_argument(
-        "--num-images-per-label",
-        "--images-per-class",
-        type=positive_integer,
-        default=8,
-        metavar="NUMBER",
-        help="images a class (default 8)",
-    )
+    names = ("--num-images-per-label", "--images-per-class")  # the second is the former name
+    parser.add_argument(*names, type=positive_integer, default=8, metavar="NUMBER", help="images a class (default 8)")
     parser.add_argument("--steps", type=positive_integer, default=50, help="solver steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default 0)")

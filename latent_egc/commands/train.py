@@ -11,9 +11,7 @@ from latent_egc.commands.arguments import add_config_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config, parameters and memory; write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and sizes; write nothing")
 
 
 def run(options: argparse.Namespace) -> None:

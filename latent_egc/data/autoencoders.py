@@ -17,11 +17,7 @@ from latent_egc.pipelines.images import scale_latents, vae_scale_factor
 
 
 def load_autoencoder(config: AutoencoderConfig) -> ModelMixin | None:
-    """The autoencoder in eval mode, its parameters frozen; None for pixel space.
-
-    Raises:
-        ConfigError: `autoencoder.path` names nothing that diffusers can load as an autoencoder.
-    """
+    """The autoencoder in eval mode, its parameters frozen; None for pixel space. Raises ConfigError, naming the key."""
     if config.path is None:
         return None
     path = Path(config.path).expanduser()
@@ -51,11 +47,7 @@ def load_autoencoder(config: AutoencoderConfig) -> ModelMixin | None:
 
 
 def latent_shape(vae: ModelMixin | None, image_size: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of square images.
-
-    Raises:
-        ConfigError: the autoencoder cannot halve `image_size` often enough.
-    """
+    """(C, h, w) of the latents of square images. Raises ConfigError where `image_size` does not fit."""
     if vae is None:
         return 3, image_size, image_size
     factor = vae_scale_factor(vae)

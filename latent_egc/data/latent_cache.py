@@ -47,16 +47,13 @@ def encode(
     batch_size: int = 64,
     device: str = "cpu",
 ) -> Path:
-    """Writes the latent cache that `data.latent_cache` names; goes on where an earlier, killed call stopped.
+    """Writes the latent cache that `data.latent_cache` names, and returns it; goes on where a killed call stopped.
 
     Args:
         data, autoencoder: a run's sections; they decide what is written.
         num_classes: K of the run's model; None leaves out the labels.
         batch_size: images encoded at once.
         device: where the autoencoder runs.
-
-    Returns:
-        The cache's folder.
 
     Raises:
         ConfigError: no `data.latent_cache`, or the folder holds a cache of other data, views or autoencoder, or
@@ -85,9 +82,8 @@ def encode(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _write_record(folder, record)
-    num_skipped = 0
-    for table in (splits.train, splits.validation):
-        num_skipped += _encode_split(data, vae, table, folder / table.name, batch_size)
+    tables = (splits.train, splits.validation)
+    num_skipped = sum(_encode_split(data, vae, table, folder / table.name, batch_size) for table in tables)
     if num_skipped:
         warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
     _write_record(folder, record | {"complete": True})
@@ -181,8 +177,7 @@ class LatentCache:
 def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache:
     """Opens `data.latent_cache` for a run with this data section and autoencoder, and with classes or without.
 
-    Raises:
-        ConfigError: no cache there, an unfinished one, or one of other data, views or autoencoder: what differs.
+    Raises ConfigError: no cache there, an unfinished one, or one of other data, views or autoencoder: what differs.
     """
     folder = Path(data.latent_cache)
     record = _read_record(folder)

@@ -25,11 +25,7 @@ class CorruptImageError(ValueError):
 
 
 def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
-    """An image file as RGB, its EXIF orientation applied.
-
-    Raises:
-        CorruptImageError: it cannot be decoded; the message begins with `name`.
-    """
+    """An image file as RGB, its EXIF orientation applied. Raises CorruptImageError, which begins with `name`."""
     try:
         with Image.open(source) as image:
             return load_rgb(image)
@@ -58,11 +54,7 @@ class ImageTable:
         return len(self.rows)
 
     def image(self, index: int) -> Image.Image:
-        """Row `index` as RGB, its EXIF orientation applied.
-
-        Raises:
-            CorruptImageError: the image cannot be decoded.
-        """
+        """Row `index` as RGB, its EXIF orientation applied. Raises CorruptImageError."""
         stored, name = self.rows[int(index)][self.image_column], f"{self.name} row {index}"
         if stored is None:
             raise CorruptImageError(f"corrupt image: {name}: it is missing")

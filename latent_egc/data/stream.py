@@ -77,12 +77,7 @@ def sample_draws(
 ) -> dict[str, torch.Tensor]:
     """The random quantities of one training sample, besides its views.
 
-    Args:
-        seed: the run's.
-        sample: the sample's number in the stream.
-        shape: (C, h, w) of the latents.
-        num_timesteps: timesteps are uniform in [0, num_timesteps).
-        label_drop: probability that the class embedding sees the null label.
+    Timesteps are uniform in [0, num_timesteps); with probability `label_drop` the class embedding sees the null label.
 
     Returns:
         noise, posterior_noise, clean_posterior_noise (C, h, w) float32; timesteps () int64; label_dropped () bool.
@@ -106,12 +101,8 @@ class TrainingSamples(Dataset):
         self.views = views
         self.draws = (seed, shape, num_timesteps, label_drop)
 
-    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """Everything that one row of the objective needs; see `Views` and `sample_draws`."""
-        return self.__getitems__([sample])[0]
-
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
-        """One item for each sample."""
+        """For each sample everything that one row of the objective needs; see `Views` and `sample_draws`."""
         seed, *rest = self.draws
         views = self.views.__getitems__(samples)
         return [{**view, **sample_draws(seed, sample, *rest)} for view, sample in zip(views, samples, strict=True)]

@@ -50,15 +50,9 @@ def clean_view(image: Image.Image, config: DataConfig, rng: np.random.Generator)
 
 
 def keep_labels(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Hides labels: of each class the given share, rounded, but at least one label is kept.
+    """Labels (M,) int64 of which each class keeps `fraction` in (0, 1], rounded, at least one; the others become -1.
 
-    Args:
-        labels: (M,) int64; -1 = unlabelled, which stays so.
-        fraction: in (0, 1].
-        seed: which ones are kept; with the same seed a smaller share is a part of a larger one.
-
-    Returns:
-        (M,) int64, -1 in the place of a hidden label.
+    With the same seed a smaller share is a part of a larger one.
     """
     kept = np.full_like(labels, -1)
     for label in np.unique(labels[labels >= 0]):

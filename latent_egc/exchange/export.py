@@ -147,18 +147,15 @@ def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
         pipeline_tag="image-classification" if names else "unconditional-image-generation",
         tags=["latent-egc", "energy-based-model", "image-generation", "image-classification"],
     )
+    steps = config.get("sampling", {}).get("num_inference_steps", 50)
     call = f"class_labels={names[0]!r}, " if names else ""
     card = CARD.format(
         name=name,
         latents=f"{size} {space}, {pipeline.image_size} px images",
         grid="![samples](samples.png)\n" if grids else "",
-        sample_call=f"image = pipe({call}num_inference_steps={_steps(config)}).images[0]",
+        sample_call=f"image = pipe({call}num_inference_steps={steps}).images[0]",
         classify_call="print(pipe.classify(image, top_k=1).labels)\n" if names else "",
         numbers=numbers,
         config=config_text,
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}").save(folder / "README.md")
-
-
-def _steps(config: dict) -> int:
-    return config.get("sampling", {}).get("num_inference_steps", 50)

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,23 +30,8 @@ from diffusers import ModelMixin
 
 from latent_egc.config import Config
 from latent_egc.data.autoencoders import encode_moments, latent_shape, load_autoencoder
-from latent_egc.measuring.benchmark_steps import (
-    GUIDANCE_SCALE,
-    Workload,
-    attention_step,
-    chunked_step,
-    classification,
-    classifier_free_step,
-    denoising_step,
-    full_step,
-    guided_step,
-    make_workload,
-    noise_prediction_step,
-    plain_forward,
-    published_step,
-    two_pass_guided_step,
-    with_checkpointing,
-)
+from latent_egc.measuring import benchmark_steps as steps
+from latent_egc.measuring.benchmark_steps import Workload
 from latent_egc.measuring.timing import NUM_WARM_UP_STEPS, Pair, Side, distinct_sides, measure, table
 from latent_egc.models import EGCUNet, attention
 
@@ -54,36 +40,39 @@ ATTENTION_TOKENS = (256, 1024, 4096)
 ATTENTION_HEADS, ATTENTION_HEAD_DIM = 4, 64
 
 
+def _side(name: str, step: Callable[..., Any], *arguments: Any, units: int | None = None) -> Side:
+    return Side(name, partial(step, *arguments), units)
+
+
 def training_pairs(work: Workload) -> list[Pair]:
     """The energy's training step against a noise predictor's."""
-    noise_prediction = Side("noise-prediction training step", partial(noise_prediction_step, work), units=3)
-    return [
-        Pair(Side("energy training step, denoising part", partial(denoising_step, work), units=6), noise_prediction),
-        Pair(Side("energy training step, full", partial(full_step, work, work.objective), units=9), noise_prediction),
-    ]
+    noise_prediction = _side("noise-prediction training step", steps.noise_prediction_step, work, units=3)
+    denoising = _side("energy training step, denoising part", steps.denoising_step, work, units=6)
+    full = _side("energy training step, full", steps.full_step, work, work.objective, units=9)
+    return [Pair(denoising, noise_prediction), Pair(full, noise_prediction)]
 
 
 def published_pairs(work: Workload, with_bf16: bool) -> list[Pair]:
     """The full step against the step done as published, which is float32 always."""
-    published = Side("step as published, float32", partial(published_step, work), units=12)
+    published = _side("step as published, float32", steps.published_step, work, units=12)
     float32 = dataclasses.replace(work, mixed_precision="no")
-    pairs = [Pair(Side("full step, float32", partial(full_step, float32, work.objective), units=9), published)]
+    pairs = [Pair(_side("full step, float32", steps.full_step, float32, work.objective, units=9), published)]
     if with_bf16:  # not counted in units, which would compare two precisions
         bf16 = dataclasses.replace(work, mixed_precision="bf16")
-        pairs.append(Pair(Side("full step, bf16", partial(full_step, bf16, work.objective)), published))
+        pairs.append(Pair(_side("full step, bf16", steps.full_step, bf16, work.objective), published))
     return pairs
 
 
 def variant_pairs(work: Workload) -> list[Pair]:
     """The full step compiled, with activation checkpointing and with chunked attention."""
     compiled = torch.compile(work.objective.forward, fullgraph=True, dynamic=False)
-    checkpointed = with_checkpointing(work)
-    eager = Side("full step, eager", partial(full_step, work, work.objective))
-    math_attention = Side("full step, math attention", partial(chunked_step, work, math.inf))
+    checkpointed = steps.with_checkpointing(work)
+    eager = _side("full step, eager", steps.full_step, work, work.objective)
+    math_attention = _side("full step, math attention", steps.chunked_step, work, math.inf)
     return [
-        Pair(Side("full step, compiled", partial(full_step, work, compiled)), eager),
-        Pair(Side("full step, checkpointed", partial(full_step, checkpointed, checkpointed.objective)), eager),
-        Pair(Side("full step, chunked attention", partial(chunked_step, work, 1)), math_attention),
+        Pair(_side("full step, compiled", steps.full_step, work, compiled), eager),
+        Pair(_side("full step, checkpointed", steps.full_step, checkpointed, checkpointed.objective), eager),
+        Pair(_side("full step, chunked attention", steps.chunked_step, work, 1), math_attention),
     ]
 
 
@@ -93,48 +82,39 @@ def attention_pair(work: Workload, num_tokens: int) -> Pair:
     dtype = torch.bfloat16 if work.mixed_precision == "bf16" else torch.float32
     shape = (num_rows, ATTENTION_HEADS, num_tokens, ATTENTION_HEAD_DIM)
     inputs = [torch.randn(shape, device=work.latents.device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    return Pair(
-        Side(f"chunked attention, {num_tokens} tokens", partial(attention_step, attention.chunked_attention, *inputs)),
-        Side(f"math attention, {num_tokens} tokens", partial(attention_step, attention.math_attention, *inputs)),
-    )
+    kernels = {"chunked": attention.chunked_attention, "math": attention.math_attention}
+    named = {name: f"{name} attention, {num_tokens} tokens" for name in kernels}
+    return Pair(*(_side(named[name], steps.attention_step, kernel, *inputs) for name, kernel in kernels.items()))
 
 
 def sampling_pairs(work: Workload) -> list[Pair]:
     """The guided sampling step against other guidances, and its faster forms against itself."""
-    guided = Side("guided sampling step", partial(guided_step, work, work.model.epsilon), units=2)
-    classifier_free = Side("classifier-free guidance, noise prediction", partial(classifier_free_step, work), units=2)
-    two_passes = Side("guidance in two passes, as published", partial(two_pass_guided_step, work), units=4)
+    guided = _side("guided sampling step", steps.guided_step, work, work.model.epsilon, units=2)
+    classifier_free = _side("classifier-free guidance, noise prediction", steps.classifier_free_step, work, units=2)
+    two_passes = _side("guidance in two passes, as published", steps.two_pass_guided_step, work, units=4)
     compiled = torch.compile(work.model.epsilon, fullgraph=True, dynamic=False)
-    pairs = [
-        Pair(guided, classifier_free),
-        Pair(guided, two_passes),
-        Pair(Side("guided sampling step, compiled", partial(guided_step, work, compiled)), guided),
-    ]
+    faster = _side("guided sampling step, compiled", steps.guided_step, work, compiled)
+    pairs = [Pair(guided, classifier_free), Pair(guided, two_passes), Pair(faster, guided)]
     if isinstance(work.model, EGCUNet):
         model = copy.deepcopy(work.model).to(memory_format=torch.channels_last)
         latents = work.noisy_latents.contiguous(memory_format=torch.channels_last)
         channels_last = dataclasses.replace(work, model=model, noisy_latents=latents)
-        side = Side("guided sampling step, channels last", partial(guided_step, channels_last, model.epsilon))
-        pairs.append(Pair(side, guided))
+        faster = _side("guided sampling step, channels last", steps.guided_step, channels_last, model.epsilon)
+        pairs.append(Pair(faster, guided))
     return pairs
 
 
 def classification_pair(work: Workload) -> Pair:
     """Classification against a plain forward pass."""
-    return Pair(
-        Side("classification", partial(classification, work), units=1),
-        Side("plain forward pass", partial(plain_forward, work), units=1),
-    )
+    plain = _side("plain forward pass", steps.plain_forward, work, units=1)
+    return Pair(_side("classification", steps.classification, work, units=1), plain)
 
 
 def encoding_pair(vae: ModelMixin, batch_size: int, image_size: int) -> Pair:
     """The autoencoder on a batch of random images, beside nothing."""
     pixel_values = torch.rand(batch_size, 3, image_size, image_size, device=vae.device) * 2 - 1
     name = f"encoding {batch_size} images of {image_size} px, {type(vae).__name__}"
-    return Pair(Side(name, partial(encode_moments, vae, pixel_values)))
-
-
-# --- the whole ------------------------------------------------------------------------------------------------------
+    return Pair(_side(name, encode_moments, vae, pixel_values))
 
 
 @dataclass(frozen=True)
@@ -182,7 +162,7 @@ def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> Benchma
     image_size, batch_size = config.data.image_size, config.training.train_batch_size
     vae = load_autoencoder(config.autoencoder)
     latent_shape(vae, image_size)  # raises where the two do not fit
-    work = make_workload(config, place)
+    work = steps.make_workload(config, place)
     with_bf16 = place.type == "cuda" or work.mixed_precision == "bf16"
     groups = {
         "training step": training_pairs(work),
@@ -230,7 +210,7 @@ def describe(work: Workload, device: torch.device) -> dict[str, Any]:
         "tf32_convolutions": torch.backends.cudnn.allow_tf32,
         "chunked_from_tokens": attention.CHUNKED_FROM_TOKENS,
         "attention_alone": {"tokens": list(ATTENTION_TOKENS), "heads": ATTENTION_HEADS, "head_dim": ATTENTION_HEAD_DIM},
-        "guidance_scale": GUIDANCE_SCALE,
+        "guidance_scale": steps.GUIDANCE_SCALE,
         "num_warm_up_steps": NUM_WARM_UP_STEPS,
     }
 

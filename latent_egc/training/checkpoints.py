@@ -1,10 +1,8 @@
 """A run's folder and its checkpoints.
 
-    RUN/config.yaml  metrics.jsonl  curves.png  samples/  logs/
-    RUN/checkpoints/step-00000500/{state/, pipeline/, checkpoint.json}      what a resumed run needs, and an EGCPipeline
-    RUN/pipeline/                                                           the EGCPipeline that training ended with
-
-Whatever is written appears under its name only when it is whole: first a temporary folder, then a rename.
+RUN/config.yaml  metrics.jsonl  curves.png  samples/  logs/
+RUN/checkpoints/step-00000500/{state/, pipeline/, checkpoint.json}      what a resumed run needs, and an EGCPipeline
+RUN/pipeline/                                                           the EGCPipeline that training ended with
 """
 
 import json
@@ -32,13 +30,8 @@ MAY_CHANGE = {
     "validate_every",
     "sample_every",
     "checkpoint_every",
-    "keep_checkpoints",
-    "num_validation_images",
-    "check_gradients",
-    "trackers",
-    "resume",
-    "overwrite",
 }
+MAY_CHANGE |= {"keep_checkpoints", "num_validation_images", "check_gradients", "trackers", "resume", "overwrite"}
 
 
 @dataclass(frozen=True)
@@ -116,8 +109,7 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint and deletes those that are no longer kept; for every process to call.
 
-    Raises:
-        CheckpointError: writing failed; the earlier checkpoints are as they were.
+    Raises CheckpointError where writing failed; the earlier checkpoints are as they were.
     """
     if isinstance(optimizer.optimizer, ZeroRedundancyOptimizer):
         optimizer.optimizer.consolidate_state_dict(to=0)  # the main process writes the whole state
@@ -151,9 +143,8 @@ def load_checkpoint(run: Path, accelerator: Accelerator) -> int:
 def prepare_run_folder(config: Config, accelerator: Accelerator) -> None:
     """Makes `output_dir` ready: checkpoints in it afterwards are those to go on from. For every process to call.
 
-    Raises:
-        ConfigError: the folder holds a run and neither `training.resume` nor `training.overwrite` says what to do with
-            it, or the run to resume has another model than the resolved one of `config`.
+    Raises ConfigError: the folder holds a run and neither `training.resume` nor `training.overwrite` says what to do
+    with it, or the run to resume has another model than the resolved one of `config`.
     """
     run, training = Path(config.output_dir), config.training
     if accelerator.is_main_process:

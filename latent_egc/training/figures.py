@@ -31,10 +31,8 @@ def sample_rows(
     Args:
         pipeline: what samples; its progress bar is replaced by one over batches.
         class_ids: one a row; None: unlabelled, `images_per_row` rows.
-        images_per_row: columns.
         num_inference_steps, guidance_scale: as in the pipeline's call.
-        seed: the image in row r, column c starts from a generator seeded with (seed, r * images_per_row + c).
-        batch_size: images sampled at once.
+        seed: the image in row r, column c starts from `noise_generator(seed, r * images_per_row + c)`.
 
     Returns:
         (rows, columns, H, W, 3) float32 in [0, 1].

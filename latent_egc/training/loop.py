@@ -48,8 +48,8 @@ from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
 TAKES_PARAMETERS_APART = (
-    "it takes parameters apart and gathers them around one forward and one backward pass; the energy's input gradient "
-    "is a backward pass inside the forward, after which they are in parts again"
+    "it gathers parameters around one forward and one backward pass; the energy's input gradient is a backward pass "
+    "inside the forward, after which they are in parts again"
 )
 # How Accelerate can launch what this loop cannot run -> why.
 REFUSED_LAUNCHES = {
@@ -128,8 +128,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
             step, num_skipped = step + 1, num_skipped + result.num_skipped
             last = step == training.max_steps
             progress.update()
-            shown = {key: f"{result.values[key]:.4f}" for key in ("denoising_loss", "classification_loss")}
-            progress.set_postfix(shown, refresh=False)
+            progress.set_postfix(result.values, refresh=False)
 
             if step % training.log_every == 0 or last:
                 now = time.perf_counter()
@@ -291,9 +290,8 @@ def refuse_not_finite(values: dict[str, float], step: int, folder: Path) -> None
     if not all(map(math.isfinite, values.values())):
         kept = checkpoint_folders(folder)
         raise NonFiniteLossError(
-            f"not finite at step {step}: {', '.join(f'{key} {value}' for key, value in values.items())}; it did not "
-            f"touch the weights, the last checkpoint is {kept[-1] if kept else 'none'}; a lower "
-            "training.learning_rate or training.max_grad_norm may help"
+            f"not finite at step {step}: {values}; it did not touch the weights, the last checkpoint is "
+            f"{kept[-1] if kept else 'none'}; a lower training.learning_rate or training.max_grad_norm may help"
         )
 
 

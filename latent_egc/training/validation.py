@@ -48,9 +48,7 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy at timestep 0 and denoising loss over a fixed grid of timesteps with fixed noise, over all processes.
 
-    Args:
-        model: with the weights to judge.
-        latents, labels, numbers: this process's share, from `validation_latents`.
+    The model has the weights to judge; latents, labels and numbers are this process's, from `validation_latents`.
 
     Returns:
         validation_accuracy (for a model with classes), validation_denoising_loss, and its mean over each quarter of the

@@ -19,7 +19,7 @@ def load_initial_weights(model: EnergyModel, source: str) -> None:
 
     Args:
         model: freshly built.
-        source: the folder of a pipeline, of an energy network or of a run, or the Hub id of a pipeline.
+        source: an energy network's folder, or a pipeline as `resolve_pipeline` finds it.
 
     Raises:
         ConfigError: nothing there that can be loaded, another backbone, or a network that differs otherwise; by name.
