@@ -24,8 +24,8 @@ ROWS_AT_ONCE = 8  # of the plain side, which recomputes nothing and must fit whe
 NUM_NAMED = 5
 
 
-class GradientError(RuntimeError):
-    """The run's gradients are wrong on this machine; training has not begun."""
+class GradientError(FloatingPointError):
+    """The run's gradients are wrong on this machine; nothing was written."""
 
 
 def check_gradients(objective: EGCObjective, inputs: Mapping[str, torch.Tensor], accelerator: Accelerator) -> float:

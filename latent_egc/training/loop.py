@@ -92,12 +92,15 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     if config.model["init_from"] is not None:
         load_initial_weights(model, config.model["init_from"])
     data = data or build_data(config.data, vae, config.model["num_classes"], training.seed)
-
-    # Nothing is written, and no earlier run is touched, before everything above has been found usable.
-    prepare_run_folder(config, accelerator)
     if vae is not None:
         vae.to(accelerator.device)
     objective, optimizer, average = prepare(model, config, objective_class, accelerator)
+    if training.checks_gradients:
+        inputs, _ = next(micro_batches(config, data.train, vae, 0, accelerator))
+        gradient_error = check_gradients(accelerator.unwrap_model(objective), inputs, accelerator)
+
+    # Nothing is written, and no earlier run is touched, before everything above has been found usable.
+    prepare_run_folder(config, accelerator)
     pipeline = build_pipeline(model, vae, data.class_names, config.sampling.guidance_scale)
     validation = validation_latents(data.validation, vae, training.num_validation_images, shape, accelerator)
     save_pipeline = partial(save_averaged_pipeline, pipeline, average)
@@ -108,11 +111,9 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         f"process(es) on {accelerator.device.type}; training reads {data.source}"
         + (f"\nresumed at step {step}" if step else "")
     )
-    if training.checks_gradients and step < training.max_steps:
-        inputs, _ = next(micro_batches(config, data.train, vae, step, accelerator))
-        error = check_gradients(accelerator.unwrap_model(objective), inputs, accelerator)
-        metrics.add(step, {"gradient_error": error})
-        accelerator.print(f"gradients are {error:.2%} off plain float32")
+    if training.checks_gradients:
+        metrics.add(step, {"gradient_error": gradient_error})
+        accelerator.print(f"gradients are {gradient_error:.2%} off plain float32")
     batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
     with running(accelerator, step, training.max_steps) as (progress, stops):

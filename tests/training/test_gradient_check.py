@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny import TINY_BACKBONES, bf16_convolution_is_right
+from tiny_runs import run_config, run_values
 
 from latent_egc import EGCObjective
+from latent_egc.commands import main
 from latent_egc.models import attention as attention_module
 from latent_egc.objective import CompiledForward
+from latent_egc.training.checkpoints import read_metrics
 from latent_egc.training.gradient_check import GradientError, check_gradients
+from latent_egc.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -94,3 +99,30 @@ def test_a_wrong_kernel_is_refused_by_the_layers_that_it_spoils(objective, monke
 def test_gradients_that_are_not_finite_are_refused(objective):
     with pytest.raises(GradientError, match="are inf% of their norm off"):
         check_gradients(objective, inputs() | {"noise": torch.full((8, 2, 8, 8), torch.nan)}, Accelerator(cpu=True))
+
+
+def test_a_run_is_checked_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention_module, "math_attention", WrongInBF16.apply)
+    values = run_values(tmp_path / "run", mixed_precision="bf16", train_batch_size=2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert "training.check_gradients: this run's gradients are" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_check_is_logged_and_changes_nothing(tmp_path, capsys):
+    losses = {}
+    for name, checked in (("plain", False), ("checked", True)):
+        train(run_config(tmp_path / name, max_steps=2, checkpoint_every=2, check_gradients=checked))
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [row["gradient_error"] < 1e-5 for row in rows if "gradient_error" in row] == [True] * checked
+        assert ("off plain float32" in capsys.readouterr().out) == checked
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
+    assert losses["plain"] == losses["checked"]
+
+
+def test_bf16_compiled_and_sharded_runs_are_checked_unless_told_otherwise():
+    for settings in ({"mixed_precision": "bf16"}, {"compile": True}, {"shard_optimizer": True}):
+        assert run_config("runs/none", **settings).training.checks_gradients
+        assert not run_config("runs/none", check_gradients=False, **settings).training.checks_gradients
+    assert not run_config("runs/none").training.checks_gradients
