@@ -9,10 +9,9 @@ from tiny import tiny_pipeline, write_images
 from tiny_studies import FAST_EVALUATION, FAST_PROBE, Brightness
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Accelerate keeps one state a process; what uses this begins and ends without one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """Accelerate keeps one state a process; every test ends without one."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -16,7 +16,7 @@ from latent_egc.config import AutoencoderConfig, ConfigError
 from latent_egc.pipelines.images import scale_latents, vae_scale_factor
 
 
-def load_autoencoder(config: AutoencoderConfig) -> ModelMixin | None:
+def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cpu") -> ModelMixin | None:
     """The autoencoder in eval mode, its parameters frozen; None for pixel space. Raises ConfigError, naming the key."""
     if config.path is None:
         return None
@@ -43,7 +43,7 @@ def load_autoencoder(config: AutoencoderConfig) -> ModelMixin | None:
         )
     if config.slicing:
         vae.enable_slicing()
-    return vae.eval().requires_grad_(False)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def latent_shape(vae: ModelMixin | None, image_size: int) -> tuple[int, int, int]:

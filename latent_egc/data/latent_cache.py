@@ -67,7 +67,7 @@ def encode(
     folder = Path(data.latent_cache)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache.json").is_file():
         raise ConfigError(f"data.latent_cache={str(folder)!r} holds other files; name an empty or a new folder")
-    vae = load_autoencoder(autoencoder).to(device)
+    vae = load_autoencoder(autoencoder, device)
     latent_shape(vae, data.image_size)
     splits = load_splits(data, num_classes)
     record = _identity(data, vae, num_classes is not None) | {

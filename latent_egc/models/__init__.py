@@ -2,14 +2,7 @@
 
 from .energy import EnergyModel
 from .heads import EnergyOutput
-from .noise_schedule import add_noise
-from .potentials import (
-    Potential,
-    classifier_free_potential,
-    classifier_potential,
-    energy_potential,
-    input_gradient,
-)
+from .potentials import Potential, energy_potential, input_gradient
 from .transformer import EGCTransformer
 from .unet import EGCUNet
 
@@ -19,9 +12,6 @@ __all__ = [
     "EnergyModel",
     "EnergyOutput",
     "Potential",
-    "add_noise",
-    "classifier_free_potential",
-    "classifier_potential",
     "energy_potential",
     "input_gradient",
 ]

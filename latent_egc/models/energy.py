@@ -163,26 +163,23 @@ class EnergyModel(ModelMixin, ConfigMixin):
         """
         with twice_differentiable(torch.is_grad_enabled() and noisy_latents.requires_grad):
             if class_labels is None or not self.config.class_embedding:
-                return self.read_views(noisy_latents, timesteps, [None])[0]
+                return self.read_at(noisy_latents, timesteps, [None])[0]
             # The energy sees the label, the classifier must not.
-            at_label, at_null = self.read_views(noisy_latents, timesteps, [class_labels, None])
+            at_label, at_null = self.read_at(noisy_latents, timesteps, [class_labels, None])
         return EnergyOutput(energy=at_label.energy, logits=at_null.logits)
 
-    def read_views(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        views: Sequence[torch.Tensor | None],
+    def read_at(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, labels_seen: Sequence[torch.Tensor | None]
     ) -> list[EnergyOutput]:
         """Energy and logits of the same latents at several labels, in one pass; see `models/potentials.py`.
 
         Args:
             noisy_latents: (N, C, h, w), scaled latents at `timesteps`.
             timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float.
-            views: labels (N,) int64 in [-1, K) that the class embedding sees, -1 = null; None: the null label alone.
+            labels_seen: by the class embedding, (N,) int64 in [-1, K) each, -1 = null; None: the null label alone.
 
         Returns:
-            An `EnergyOutput` a view, energy and logits both as the network gives them at its labels.
+            An `EnergyOutput` for each of them, energy and logits both as the network gives them at these labels.
 
         Raises:
             ValueError: a shape, label or timestep does not fit this model.
@@ -190,16 +187,16 @@ class EnergyModel(ModelMixin, ConfigMixin):
         timesteps = self._check_inputs(noisy_latents, timesteps)
         num_rows, embedded_labels = len(noisy_latents), None
         if self.config.class_embedding:
-            for labels in views:
+            for labels in labels_seen:
                 if labels is not None:
                     self.check_labels("class_labels", labels, num_rows, lowest=NULL_LABEL)
             null = torch.full((num_rows,), NULL_LABEL, dtype=torch.long, device=noisy_latents.device)
-            embedded_labels = _repeated([null if labels is None else labels for labels in views])
-        levels = [_repeated([level] * len(views)) for level in self.noise_levels(timesteps)]
-        latents, timesteps = (_repeated([tensor] * len(views)) for tensor in (noisy_latents, timesteps))
+            embedded_labels = _repeated([null if labels is None else labels for labels in labels_seen])
+        levels = [_repeated([level] * len(labels_seen)) for level in self.noise_levels(timesteps)]
+        latents, timesteps = (_repeated([tensor] * len(labels_seen)) for tensor in (noisy_latents, timesteps))
         energy, logits = self._energy_and_logits(latents, timesteps, embedded_labels, *levels)
-        logits = [None] * len(views) if logits is None else logits.tensor_split(len(views))
-        return [EnergyOutput(*output) for output in zip(energy.tensor_split(len(views)), logits, strict=True)]
+        logits = [None] * len(labels_seen) if logits is None else logits.tensor_split(len(labels_seen))
+        return [EnergyOutput(*output) for output in zip(energy.tensor_split(len(labels_seen)), logits, strict=True)]
 
     def _energy_and_logits(
         self,

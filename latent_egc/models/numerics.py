@@ -26,7 +26,9 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
 class _Pass(threading.local):
     """What holds in the pass that this thread runs."""
 
-    twice_differentiable = False
+    def __init__(self) -> None:
+        # Of the instance from the start: compiled code is guarded by which attributes it has.
+        self.twice_differentiable = False
 
 
 _PASS = _Pass()

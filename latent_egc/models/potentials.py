@@ -20,7 +20,7 @@ from .numerics import twice_differentiable
 from .recomputation import only_input_gradients
 
 # An energy network, and what its class embedding sees: labels (N,) with -1 for null, or None, the null label alone.
-View = tuple[ModelMixin, torch.Tensor | None]
+Reading = tuple[ModelMixin, torch.Tensor | None]
 # Looks up what was read of a network at labels.
 Lookup = Callable[[ModelMixin, torch.Tensor | None], EnergyOutput]
 
@@ -29,12 +29,12 @@ class Potential:
     """U(z, t), one number a row; rows do not see each other. Potentials add up, and take factors.
 
     Args:
-        views: what it reads.
+        readings: what it reads.
         value: from a lookup of what was read, and sigma_t (N,), to U (N,).
     """
 
-    def __init__(self, views: Sequence[View], value: Callable[[Lookup, torch.Tensor], torch.Tensor]) -> None:
-        self.views, self.value = list(views), value
+    def __init__(self, readings: Sequence[Reading], value: Callable[[Lookup, torch.Tensor], torch.Tensor]) -> None:
+        self.readings, self.value = list(readings), value
 
     def __call__(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, list[EnergyOutput]]:
         """U, and the outputs that it was read from.
@@ -46,44 +46,45 @@ class Potential:
             timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float.
 
         Returns:
-            U (N,), at least float32, and an `EnergyOutput` for each of the distinct views, in their order. Its logits
-            are those that the network gives at the view's labels.
+            U (N,), at least float32, and an `EnergyOutput` for each distinct reading, in their order, its logits at
+            the reading's labels.
 
         Raises:
             ValueError: a shape, label or timestep does not fit a network.
         """
-        views: list[View] = []
-        for model, labels in self.views:
-            labels = labels if model.config.class_embedding else None  # or every label's view is the same
-            if _position(views, model, labels) is None:
-                views.append((model, labels))
-        outputs: list[EnergyOutput | None] = [None] * len(views)
-        for first, (model, _) in enumerate(views):
+        readings: list[Reading] = []
+        for model, labels in self.readings:
+            labels = labels if model.config.class_embedding else None  # or it makes no difference
+            if _position(readings, model, labels) is None:
+                readings.append((model, labels))
+        outputs: list[EnergyOutput | None] = [None] * len(readings)
+        for first, (model, _) in enumerate(readings):
             if outputs[first] is None:
-                own = [i for i, (other, _) in enumerate(views) if other is model]
-                read = model.read_views(noisy_latents, timesteps, [views[i][1] for i in own])
-                for i, output in zip(own, read, strict=True):
+                own = [i for i, (other, _) in enumerate(readings) if other is model]
+                for i, output in zip(
+                    own, model.read_at(noisy_latents, timesteps, [readings[i][1] for i in own]), strict=True
+                ):
                     outputs[i] = output
 
         def lookup(model: ModelMixin, labels: torch.Tensor | None) -> EnergyOutput:
-            return outputs[_position(views, model, labels if model.config.class_embedding else None)]
+            return outputs[_position(readings, model, labels if model.config.class_embedding else None)]
 
         timesteps = torch.as_tensor(timesteps, device=noisy_latents.device).expand(len(noisy_latents))
-        _, sigma = views[0][0].noise_levels(timesteps)
+        _, sigma = readings[0][0].noise_levels(timesteps)
         return self.value(lookup, sigma), outputs
 
     def __add__(self, other: "Potential") -> "Potential":
         return Potential(
-            [*self.views, *other.views], lambda read, sigma: self.value(read, sigma) + other.value(read, sigma)
+            [*self.readings, *other.readings], lambda read, sigma: self.value(read, sigma) + other.value(read, sigma)
         )
 
     def __rmul__(self, factor: float) -> "Potential":
-        return Potential(self.views, lambda read, sigma: factor * self.value(read, sigma))
+        return Potential(self.readings, lambda read, sigma: factor * self.value(read, sigma))
 
 
-def _position(views: Sequence[View], model: ModelMixin, labels: torch.Tensor | None) -> int | None:
-    """Where a view stands among others; None where it does not. Labels are compared as objects, not by value."""
-    return next((i for i, view in enumerate(views) if view[0] is model and view[1] is labels), None)
+def _position(readings: Sequence[Reading], model: ModelMixin, labels: torch.Tensor | None) -> int | None:
+    """Where a reading stands among others; None where it does not. Labels are compared as objects, not by value."""
+    return next((i for i, reading in enumerate(readings) if reading[0] is model and reading[1] is labels), None)
 
 
 def energy_potential(model: ModelMixin, class_labels: torch.Tensor | None = None) -> Potential:

@@ -85,15 +85,13 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     config = resolve(config)
     training, folder = config.training, Path(config.output_dir)
     accelerator = start_accelerator(training, folder)
-    vae = load_autoencoder(config.autoencoder)
+    vae = load_autoencoder(config.autoencoder, accelerator.device)
     shape = latent_shape(vae, config.data.image_size)
     set_seed(training.seed)
     model = build_model(config.model, shape)
     if config.model["init_from"] is not None:
         load_initial_weights(model, config.model["init_from"])
     data = data or build_data(config.data, vae, config.model["num_classes"], training.seed)
-    if vae is not None:
-        vae.to(accelerator.device)
     objective, optimizer, average = prepare(model, config, objective_class, accelerator)
     if training.checks_gradients:
         inputs, _ = next(micro_batches(config, data.train, vae, 0, accelerator))
@@ -113,7 +111,6 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     )
     if training.checks_gradients:
         metrics.add(step, {"gradient_error": gradient_error})
-        accelerator.print(f"gradients are {gradient_error:.2%} off plain float32")
     batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
     with running(accelerator, step, training.max_steps) as (progress, stops):

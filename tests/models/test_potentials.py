@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY_BACKBONES
 
-from latent_egc.models import classifier_free_potential, classifier_potential, energy_potential, input_gradient
+from latent_egc.models.potentials import (
+    classifier_free_potential,
+    classifier_potential,
+    energy_potential,
+    input_gradient,
+)
 
 
 @pytest.fixture(params=TINY_BACKBONES)
@@ -101,7 +106,7 @@ def test_values_are_the_formulas(tiny, head):
         torch.testing.assert_close(potential(latents, timesteps)[0], values)
 
 
-def test_outputs_are_those_of_the_views(tiny):
+def test_outputs_are_those_of_the_readings(tiny):
     model = tiny(class_embedding=True).double()
     latents, timesteps, labels, _ = inputs()
     potential = energy_potential(model, labels) + classifier_potential(model, labels, 1.0)

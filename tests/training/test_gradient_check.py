@@ -18,8 +18,6 @@ from latent_egc.training.checkpoints import read_metrics
 from latent_egc.training.gradient_check import GradientError, check_gradients
 from latent_egc.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
 
 def inputs(num_rows=8):
     generator = torch.Generator().manual_seed(5)
