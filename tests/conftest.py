@@ -20,7 +20,7 @@ def fresh_accelerator():
 def evaluation_context(tmp_path, monkeypatch):
     """A function: settings as overrides, and options of `tiny_pipeline` -> an EvaluationContext on 7 images."""
     # Only here: tests of the other parts shall not need the packages of the extra `eval`.
-    from latent_egc.measuring.evaluation_context import EvaluationContext
+    from latent_egc.measuring.context import EvaluationContext
     from latent_egc.measuring.study import EvaluationSettings
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))

@@ -21,19 +21,15 @@ from scipy.signal import fftconvolve
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# Parameters of the five severities, by the side of the images that they were published for: CIFAR-10-C (32 px),
-# Tiny-ImageNet-C (64 px) and ImageNet-C (224 px).
+# Parameters of the five severities (of the functions below, in their order), by the side of the images that they were
+# published for: CIFAR-10-C (32 px), Tiny-ImageNet-C (64 px) and ImageNet-C (224 px).
 PARAMETERS = {
     "gaussian noise": {  # standard deviation
         32: (0.04, 0.06, 0.08, 0.09, 0.10),
         64: (0.04, 0.08, 0.12, 0.15, 0.18),
         224: (0.08, 0.12, 0.18, 0.26, 0.38),
     },
-    "shot noise": {  # photons at full intensity
-        32: (500, 250, 100, 75, 50),
-        64: (250, 100, 50, 30, 15),
-        224: (60, 25, 12, 5, 3),
-    },
+    "shot noise": {32: (500, 250, 100, 75, 50), 64: (250, 100, 50, 30, 15), 224: (60, 25, 12, 5, 3)},
     "impulse noise": {  # share of the values
         32: (0.01, 0.02, 0.03, 0.05, 0.07),
         64: (0.01, 0.02, 0.05, 0.08, 0.14),
@@ -92,31 +88,15 @@ PARAMETERS = {
         64: ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
         224: ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     },
-    "brightness": {  # added to the value of HSV
-        32: (0.05, 0.1, 0.15, 0.2, 0.3),
-        64: (0.1, 0.2, 0.3, 0.4, 0.5),
-        224: (0.1, 0.2, 0.3, 0.4, 0.5),
-    },
-    "contrast": {  # factor of the distance from the mean colour
-        32: (0.75, 0.5, 0.4, 0.3, 0.15),
-        64: (0.4, 0.3, 0.2, 0.1, 0.05),
-        224: (0.4, 0.3, 0.2, 0.1, 0.05),
-    },
+    "brightness": {32: (0.05, 0.1, 0.15, 0.2, 0.3), 64: (0.1, 0.2, 0.3, 0.4, 0.5), 224: (0.1, 0.2, 0.3, 0.4, 0.5)},
+    "contrast": {32: (0.75, 0.5, 0.4, 0.3, 0.15), 64: (0.4, 0.3, 0.2, 0.1, 0.05), 224: (0.4, 0.3, 0.2, 0.1, 0.05)},
     "elastic": {  # size and smoothness of the local shifts, reach of the affine map's corners
         32: ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, 0.96, 0.96)),
         64: ((0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84), (6.4, 1.92, 1.92), (10.24, 1.92, 1.28)),
         224: ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
     },
-    "pixelate": {  # share of the side that is left
-        32: (0.95, 0.9, 0.85, 0.75, 0.65),
-        64: (0.9, 0.8, 0.7, 0.6, 0.5),
-        224: (0.6, 0.5, 0.4, 0.3, 0.25),
-    },
-    "jpeg": {  # quality
-        32: (80, 65, 58, 50, 40),
-        64: (65, 58, 50, 40, 25),
-        224: (25, 18, 15, 10, 7),
-    },
+    "pixelate": {32: (0.95, 0.9, 0.85, 0.75, 0.65), 64: (0.9, 0.8, 0.7, 0.6, 0.5), 224: (0.6, 0.5, 0.4, 0.3, 0.25)},
+    "jpeg": {32: (80, 65, 58, 50, 40), 64: (65, 58, 50, 40, 25), 224: (25, 18, 15, 10, 7)},  # quality
 }
 
 
@@ -240,18 +220,9 @@ def _zoomed(x: np.ndarray, factor: float) -> np.ndarray:
 # --- weather --------------------------------------------------------------------------------------------------------
 
 
-def snow(
-    x: np.ndarray,
-    rng: np.random.Generator,
-    mean: float,
-    deviation: float,
-    factor: float,
-    threshold: float,
-    radius: int,
-    sigma: float,
-    weight: float,
-) -> np.ndarray:
+def snow(x: np.ndarray, rng: np.random.Generator, *parameters: float) -> np.ndarray:
     """A whitened image under two layers of falling flakes, one the other turned round."""
+    mean, deviation, factor, threshold, radius, sigma, weight = parameters
     flakes = _zoomed(rng.normal(mean, deviation, (*x.shape[:2], 1)), factor)
     flakes = np.where(flakes < threshold, 0, flakes).clip(0, 1)
     flakes = _moved(flakes, radius, sigma, rng.uniform(-135, -45))

@@ -28,7 +28,7 @@ from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import NOISE, VALIDATION_NOISE
 from latent_egc.measuring.context import noise_of_rows, pixel_values
 from latent_egc.measuring.denoisers import Denoiser
-from latent_egc.measuring.probe_settings import PlaceSettings
+from latent_egc.measuring.settings import PlaceSettings
 
 ROWS_PER_SHARD = 256
 NOISE_STREAM = {"train": NOISE, "validation": VALIDATION_NOISE}

@@ -18,9 +18,9 @@ from latent_egc.data.latent_cache import content_digest
 from latent_egc.measuring.context import StudyContext
 from latent_egc.measuring.denoisers import Denoiser
 from latent_egc.measuring.feature_cache import FeatureCache, Rows
-from latent_egc.measuring.linear_probe import ProbeScore, linear_probe, standardised
-from latent_egc.measuring.probe_settings import PlaceSettings
+from latent_egc.measuring.probe_heads import ProbeScore, linear_probe, standardised
 from latent_egc.measuring.results import Metric
+from latent_egc.measuring.settings import PlaceSettings
 
 # Keys of the data section that do not change which pixels and labels there are.
 WITHOUT_EFFECT = {"latent_cache", "num_workers", "skip_corrupt", "num_views", "random_resized_crop", "horizontal_flip"}

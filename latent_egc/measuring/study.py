@@ -19,13 +19,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from latent_egc.config import ConfigError, DataConfig
-from latent_egc.measuring.context import StudyContext
+from latent_egc.measuring.context import EvaluationContext, StudyContext
 from latent_egc.measuring.denoisers import Denoiser
-from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.probe_context import ProbeContext
-from latent_egc.measuring.probe_settings import PlaceSettings
 from latent_egc.measuring.report import Report
-from latent_egc.measuring.settings import StudySettings, with_sections
+from latent_egc.measuring.settings import PlaceSettings, StudySettings, with_sections
 from latent_egc.measuring.suites import (
     calibration,
     cka,

@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from latent_egc.config import ConfigError
-from latent_egc.measuring.linear_probe import LinearSettings, linear_probe
+from latent_egc.measuring.probe_heads import LinearSettings, linear_probe
 
 
 def test_linear_probe_is_scikit_learns():

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
-from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
 
 

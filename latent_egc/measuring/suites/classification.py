@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from latent_egc.config import within
 from latent_egc.measuring import plots
-from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from latent_egc.config import ConfigError
-from latent_egc.measuring.linear_probe import linear_probe
 from latent_egc.measuring.probe_context import CHOICE_NOTE, ProbeContext
+from latent_egc.measuring.probe_heads import linear_probe
 from latent_egc.measuring.results import SuiteResult, Table
 from latent_egc.models import EnergyModel
 

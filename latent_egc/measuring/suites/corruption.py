@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from latent_egc.config import within
 from latent_egc.data.views import central_view
 from latent_egc.measuring import plots
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.corruptions import CATEGORIES, FUNCTIONS, SEVERITIES, corrupt, published_side
-from latent_egc.measuring.evaluation_context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 
 

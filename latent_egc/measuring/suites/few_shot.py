@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from latent_egc.config import ConfigError, within
-from latent_egc.measuring.linear_probe import fit_logistic
 from latent_egc.measuring.probe_context import ProbeContext
+from latent_egc.measuring.probe_heads import fit_logistic
 from latent_egc.measuring.results import Metric, SuiteResult, Table
 
 

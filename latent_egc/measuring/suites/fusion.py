@@ -20,9 +20,8 @@ from torch import nn
 
 from latent_egc.config import within
 from latent_egc.measuring.denoisers import Denoiser
-from latent_egc.measuring.linear_probe import linear_probe
 from latent_egc.measuring.probe_context import CHOICE_NOTE, Place, ProbeContext
-from latent_egc.measuring.probe_heads import FusionHead, predict, train_head
+from latent_egc.measuring.probe_heads import FusionHead, linear_probe, predict, train_head
 from latent_egc.measuring.results import SuiteResult
 
 

@@ -20,7 +20,7 @@ from latent_egc.config import ConfigError, within
 from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import plots
-from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.feature_extractors import (
     Extractor,
     frechet_distance,

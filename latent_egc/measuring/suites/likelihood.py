@@ -8,7 +8,7 @@ import torch
 
 from latent_egc.config import within
 from latent_egc.measuring import plots
-from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.results import Figure, SuiteResult
 from latent_egc.methods.likelihood import log_density, timestep_grid
 from latent_egc.models import energy_potential

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from latent_egc.config import ConfigError, load_data_config, within
 from latent_egc.data.sources import load_splits
 from latent_egc.measuring import plots
-from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 
 

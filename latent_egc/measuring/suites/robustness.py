@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.attacks import Attack, Attacker, DenoisedClassifier, PixelClassifier, Threat
-from latent_egc.measuring.evaluation_context import EvaluationContext
+from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import resolve_pipeline
