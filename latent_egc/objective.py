@@ -6,10 +6,18 @@
 
 z_0' is another, stronger augmentation of the same image. Source: EGC (ICCV 2023); the paper's gamma is our
 classification_weight, 0.005 for ImageNet.
+
+What a step costs, in forward passes of a batch through the trunk: the denoising part 6 (forward 1, input gradient 1,
+the backward pass of both 4), an ordinary pass of classification 3.
+
+    no class embedding      9    the noisy rows' logits come from the very pass whose energy was differentiated
+    with one, "all"        12    they must not see the label that the energy sees: a pass of their own at the null label
+    with one, "dropped"     9    they are read off the rows whose label is dropped, which saw the null label anyway
+    clean_fraction f       - 3 (1 - f)
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +45,40 @@ class EGCObjective(nn.Module):
         energy_model: the network to train.
         classification_weight: gamma >= 0.
         label_smoothing: of the cross entropy, in [0, 1).
+        label_drop: the probability with which labels are dropped; needed by "dropped" only.
+        noisy_classification: whose noisy latents are classified, for a model with a class embedding: "all" rows', or
+            those of "dropped" rows, each weighted by 1 / label_drop. The expectation is the same: the sum is divided by
+            a fixed number, never by how many were dropped.
 
     Raises:
-        ValueError: a weight or smoothing out of range.
+        ValueError: an argument out of range, or "dropped" where nothing is dropped.
     """
 
     def __init__(
-        self, energy_model: EnergyModel, classification_weight: float = 0.005, label_smoothing: float = 0.0
+        self,
+        energy_model: EnergyModel,
+        classification_weight: float = 0.005,
+        label_smoothing: float = 0.0,
+        label_drop: float = 0.0,
+        noisy_classification: Literal["all", "dropped"] = "all",
     ) -> None:
         super().__init__()
         if classification_weight < 0:
             raise ValueError(f"classification_weight must not be negative, got {classification_weight}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if noisy_classification not in ("all", "dropped"):
+            raise ValueError(f"noisy_classification must be 'all' or 'dropped', got {noisy_classification!r}")
+        if noisy_classification == "dropped" and not (energy_model.config.class_embedding and 0 < label_drop <= 1):
+            raise ValueError(
+                "noisy_classification='dropped' needs a class_embedding and a label_drop in (0, 1], "
+                f"got class_embedding={energy_model.config.class_embedding}, label_drop={label_drop}"
+            )
         self.energy_model = energy_model
         self.classification_weight = classification_weight
         self.label_smoothing = label_smoothing
+        self.label_drop = label_drop
+        self.noisy_classification = noisy_classification
 
     def forward(
         self,
@@ -60,6 +86,7 @@ class EGCObjective(nn.Module):
         class_labels: torch.Tensor | None = None,
         clean_latents: torch.Tensor | None = None,
         *,
+        clean_labels: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         label_dropped: torch.Tensor | None = None,
@@ -70,8 +97,9 @@ class EGCObjective(nn.Module):
             latents: (N, C, h, w), scaled and clean; noise is added here.
             class_labels: (N,) int64 in [-1, K); -1 = unlabelled: such a row adds 0 to the classification loss, which
                 still divides by all rows. None: unlabelled data; required by a model with classes.
-            clean_latents: (N, C, h, w), the other augmentation z_0', classified at timestep 0; required by a model
-                with classes.
+            clean_latents: (M, C, h, w), the other augmentation z_0' of all rows or of a fixed number of them,
+                classified at timestep 0 with weight N / M; required by a model with classes.
+            clean_labels: (M,) int64, theirs; None: `class_labels`.
             noise: (N, C, h, w); None: standard normal.
             timesteps: (N,); None: uniform integers in [0, num_train_timesteps).
             label_dropped: (N,) bool, rows whose class embedding sees the null label; None: none. Their classification
@@ -93,6 +121,8 @@ class EGCObjective(nn.Module):
             if class_labels is None or clean_latents is None:
                 raise ValueError("a model with classes needs class_labels and clean_latents")
             model.check_labels("class_labels", class_labels, num_rows, lowest=UNLABELLED)
+            clean_labels = class_labels if clean_labels is None else clean_labels
+            model.check_labels("clean_labels", clean_labels, len(clean_latents), lowest=UNLABELLED)
 
         levels = alpha, _ = model.noise_levels(timesteps)
         noisy_latents = add_noise(latents, noise, levels)
@@ -107,23 +137,27 @@ class EGCObjective(nn.Module):
         if num_classes is None:
             return EGCLosses(denoising_loss, denoising_loss, torch.zeros_like(denoising_loss))
 
-        clean_timesteps = torch.zeros_like(timesteps)
+        clean_timesteps = torch.zeros_like(clean_labels)
         clean_alpha, _ = model.noise_levels(clean_timesteps)
-        if model.config.class_embedding:
-            # The classifier must not see the label that the energy sees. What it sees needs no second derivative.
+        # Of the noisy and of the clean rows, so that their mean over 2N is what it is where all rows are classified.
+        weights = alpha, clean_alpha * (num_rows / len(clean_labels))
+        if model.config.class_embedding and self.noisy_classification == "all":
+            # What the classifier sees needs no second derivative.
             all_latents = torch.cat([noisy_latents, clean_latents])
-            logits = model(all_latents, torch.cat([timesteps, clean_timesteps])).logits  # (2N, K)
+            logits = model(all_latents, torch.cat([timesteps, clean_timesteps])).logits  # (N + M, K)
         else:
-            # The noisy rows' logits come from the very pass whose energy was differentiated.
-            logits = torch.cat([output.logits, model(clean_latents, clean_timesteps).logits])  # (2N, K)
+            logits = torch.cat([output.logits, model(clean_latents, clean_timesteps).logits])  # (N + M, K)
+            if model.config.class_embedding:
+                dropped = torch.zeros_like(class_labels) if label_dropped is None else label_dropped
+                weights = alpha * dropped / self.label_drop, weights[1]
         cross_entropy = F.cross_entropy(
             logits,
-            torch.cat([class_labels, class_labels]),
+            torch.cat([class_labels, clean_labels]),
             ignore_index=UNLABELLED,
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
-        classification_loss = (torch.cat([alpha, clean_alpha]) * cross_entropy).mean()
+        classification_loss = (torch.cat(weights) * cross_entropy).sum() / (2 * num_rows)
         loss = denoising_loss + self.classification_weight * classification_loss
         return EGCLosses(loss, denoising_loss, classification_loss)
 

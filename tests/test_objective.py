@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_unet
+from tiny import TINY_BACKBONES, tiny_unet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from latent_egc import EGCObjective
 
@@ -125,3 +127,80 @@ def test_bad_weights():
         EGCObjective(tiny_unet(), -1.0)
     with pytest.raises(ValueError, match="label_smoothing"):
         EGCObjective(tiny_unet(), 1.0, 1.0)
+
+
+def test_noisy_classification_off_dropped_rows_by_hand_and_on_average():
+    """Its mean over all ways to drop labels is the loss over all rows; where none is dropped the clean part is left."""
+    model = tiny_unet(class_embedding=True).double()
+    latents, labels, clean, noise, timesteps = batch()
+    arguments = {"clean_latents": clean, "noise": noise, "timesteps": timesteps}
+    objective = EGCObjective(model, 0.3, 0.1, label_drop=0.25, noisy_classification="dropped")
+    everything = EGCObjective(model, 0.3, 0.1)(latents, labels, **arguments).classification_loss
+    mean = 0.0
+    for number in range(2**4):
+        dropped = torch.tensor([bool(number >> row & 1) for row in range(4)])
+        share = torch.where(dropped, 0.25, 0.75).prod()
+        mean = mean + share * objective(latents, labels, **arguments, label_dropped=dropped).classification_loss
+    torch.testing.assert_close(mean, everything)
+    none = objective(latents, labels, **arguments).classification_loss
+    clean_part = (
+        F.cross_entropy(model(clean, 0).logits, labels, ignore_index=-1, label_smoothing=0.1, reduction="sum")
+        * model.alphas_cumprod[0].sqrt()
+    )
+    torch.testing.assert_close(none, clean_part / 8)
+
+
+def test_a_part_of_the_clean_rows_counts_for_all_of_them():
+    """The mean over both halves of the clean rows is the loss over all of them."""
+    model = tiny_unet().double()
+    latents, labels, clean, noise, timesteps = batch()
+    objective, noisy = EGCObjective(model, 0.3), {"noise": noise, "timesteps": timesteps}
+    halves = [
+        objective(latents, labels, clean[rows], clean_labels=labels[rows], **noisy).loss
+        for rows in (slice(None, None, 2), slice(1, None, 2))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, objective(latents, labels, clean, **noisy).loss)
+    with pytest.raises(ValueError, match=r"clean_labels must be \(2,\) int64"):
+        objective(latents, labels, clean[:2], **noisy)
+
+
+COUNTED = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+
+
+class CountedFLOPs(TorchDispatchMode):
+    """Adds up the operations of all products with weights, of whatever pass; not those of tokens with each other."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if function._overloadpacket in COUNTED:
+            self.total += flop_registry[function._overloadpacket](*arguments, **(options or {}), out_val=output)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("options", "clean_rows", "units"),
+    [
+        ({}, 4, 9),
+        ({}, 2, 7.5),
+        ({"class_embedding": True}, 4, 12),
+        ({"class_embedding": True}, 2, 10.5),
+        ({"class_embedding": True, "noisy_classification": "dropped"}, 4, 9),
+        ({"class_embedding": True, "noisy_classification": "dropped"}, 2, 7.5),
+    ],
+)
+@pytest.mark.parametrize("backbone", TINY_BACKBONES)
+def test_a_step_costs_what_is_promised(backbone, options, clean_rows, units):
+    """Passes through the trunk, as they are really made: a pass too many would be 1 unit at least."""
+    model = TINY_BACKBONES[backbone](class_embedding=options.get("class_embedding", False))
+    which = options.get("noisy_classification", "all")
+    objective = EGCObjective(model, 0.3, 0.1, label_drop=0.5, noisy_classification=which)
+    _, labels, _, _, timesteps = batch()
+    latents, clean, noise = torch.randn(3, 4, 2, 16, 16)
+    arguments = {"noise": noise, "timesteps": timesteps, "label_dropped": torch.tensor([True, False] * 2)}
+    with CountedFLOPs() as forward, torch.no_grad():
+        model(latents, timesteps)
+    with CountedFLOPs() as step:
+        objective(latents, labels, clean[:clean_rows], clean_labels=labels[:clean_rows], **arguments).loss.backward()
+    assert step.total / forward.total == pytest.approx(units, abs=0.3)
