@@ -8,8 +8,11 @@ seconds is where both run on the same kernels, in the same precision, and nothin
     noise prediction    forward 1, backward 2                                          3
     energy, denoising   forward 1, input gradient 1, backward of both 4                6
     energy, full step   and the clean batch: forward 1, backward 2                     9
+      class embedding   the noisy batch at the null label beside the clean one        12
+      dropped           the noisy logits off the rows whose label is dropped           9
     as published        denoising 6, a classifier pass over noisy and clean batch 6   12
     guided sampling     forward 1, input gradient 1; as published two such passes      2, 4
+      class embedding   both of 2N rows; as published two passes of N                  4, 4
     classifier-free     forward of 2N rows                                             2
 
 A training step ends with the gradients of all parameters; the optimiser, alike on all sides, is left out.
@@ -34,6 +37,7 @@ from latent_egc.measuring import benchmark_steps as steps
 from latent_egc.measuring.benchmark_steps import Workload
 from latent_egc.measuring.timing import NUM_WARM_UP_STEPS, Pair, Side, distinct_sides, measure, table
 from latent_egc.models import EGCUNet, attention
+from latent_egc.objective import EGCObjective
 
 # Attention alone is measured at these numbers of tokens, by as many rows as make the largest of them in all.
 ATTENTION_TOKENS = (256, 1024, 4096)
@@ -61,6 +65,18 @@ def published_pairs(work: Workload, with_bf16: bool) -> list[Pair]:
         bf16 = dataclasses.replace(work, mixed_precision="bf16")
         pairs.append(Pair(_side("full step, bf16", steps.full_step, bf16, work.objective), published))
     return pairs
+
+
+def embedding_pairs(work: Workload) -> list[Pair]:
+    """With a class embedding: the training step in both forms and the guided sampling step, against the published."""
+    published = _side("step as published, class embedding", steps.published_step, work, units=12)
+    weights = work.objective.classification_weight, work.objective.label_smoothing
+    dropped = EGCObjective(work.model, *weights, label_drop=0.5, noisy_classification="dropped")
+    full = _side("full step, class embedding", steps.full_step, work, work.objective, units=12)
+    fast = _side("full step, class embedding, dropped", steps.full_step, work, dropped, units=9)
+    guided = _side("guided sampling step, class embedding", steps.guided_step, work, work.model.epsilon, units=4)
+    two_passes = _side("guidance in two passes, class embedding", steps.two_pass_guided_step, work, units=4)
+    return [Pair(full, published), Pair(fast, published), Pair(guided, two_passes)]
 
 
 def variant_pairs(work: Workload) -> list[Pair]:
@@ -167,6 +183,7 @@ def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> Benchma
     groups = {
         "training step": training_pairs(work),
         "as published": published_pairs(work, with_bf16),
+        "class embedding": embedding_pairs(steps.make_workload(config, place, class_embedding=True)),
         "variants": variant_pairs(work),
         **{f"{num_tokens} tokens": [attention_pair(work, num_tokens)] for num_tokens in ATTENTION_TOKENS},
         "sampling step": sampling_pairs(work),

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latent_egc.config import Config, ConfigError
 from latent_egc.models import EnergyModel, attention
+from latent_egc.models.energy import NULL_LABEL
 from latent_egc.models.noise_schedule import add_noise
-from latent_egc.models.numerics import at_least_float32
+from latent_egc.models.numerics import at_least_float32, twice_differentiable
 from latent_egc.objective import EGCLosses, EGCObjective
 from latent_egc.training.build import build_network, resolve_model
 
@@ -35,6 +36,7 @@ class Workload:
         objective: the full training step's loss.
         latents, clean_latents, noise, noisy_latents: (N, C, h, w).
         timesteps, class_labels: (N,) int64.
+        label_dropped: (N,) bool, every other row; without effect but on a class embedding.
         mixed_precision: "no" or "bf16".
     """
 
@@ -47,6 +49,7 @@ class Workload:
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
     class_labels: torch.Tensor
+    label_dropped: torch.Tensor
     mixed_precision: str
 
     def autocast(self) -> torch.autocast:
@@ -54,18 +57,17 @@ class Workload:
         return torch.autocast(self.latents.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
 
-def make_workload(config: Config, device: torch.device) -> Workload:
-    """The networks of a configuration, without a class embedding, and a random batch.
-
-    An embedding would make 2N rows of the noisy batch, on both sides of every comparison.
+def make_workload(config: Config, device: torch.device, class_embedding: bool = False) -> Workload:
+    """The networks of a configuration, with or without a class embedding, and a random batch.
 
     Raises:
         ConfigError: a model without classes, or arguments that contradict each other.
     """
-    section = resolve_model(config.model) | {"class_embedding": False}
+    section = resolve_model(config.model) | {"class_embedding": class_embedding}
     if section["num_classes"] is None:
         raise ConfigError("model.num_classes must be set: the benchmark compares classification and guidance, too")
     as_noise_predictor = {"head": "inner", "num_classes": None, "energy_channels": None, "gaussian_part": False}
+    as_noise_predictor["class_embedding"] = False
     torch.manual_seed(0)
     model = build_network(section).to(device)
     noise_predictor = build_network(section | as_noise_predictor).to(device)
@@ -86,6 +88,7 @@ def make_workload(config: Config, device: torch.device) -> Workload:
         noisy_latents=add_noise(latents, noise, model.noise_levels(timesteps)),
         timesteps=timesteps,
         class_labels=torch.randint(model.config.num_classes, (batch_size,), device=device),
+        label_dropped=torch.arange(batch_size, device=device) % 2 == 0,
         mixed_precision=config.training.mixed_precision,
     )
 
@@ -146,11 +149,10 @@ def denoising_step(work: Workload) -> tuple[torch.Tensor, ...]:
 
 
 def full_step(work: Workload, objective: Callable[..., EGCLosses]) -> tuple[torch.Tensor, ...]:
-    """The step that training takes: 9 units. `objective` is the workload's, or its forward compiled."""
+    """The step that training takes: 9 units, 12 with a class embedding. `objective` is the workload's, or another."""
+    given = {"noise": work.noise, "timesteps": work.timesteps, "label_dropped": work.label_dropped}
     with work.autocast():
-        losses = objective(
-            work.latents, work.class_labels, work.clean_latents, noise=work.noise, timesteps=work.timesteps
-        )
+        losses = objective(work.latents, work.class_labels, work.clean_latents, **given)
     return torch.autograd.grad(losses.loss, tuple(work.model.parameters()))
 
 
@@ -166,9 +168,11 @@ def published_step(work: Workload) -> tuple[torch.Tensor, ...]:
     Eager, math attention, float32 without TF32, and a score pass beside a classifier pass over noisy and clean latents.
     """
     model, objective = work.model, work.objective
+    seen = torch.where(work.label_dropped, NULL_LABEL, work.class_labels) if model.config.class_embedding else None
     with published_kernels():
         noisy_latents = work.noisy_latents.detach().requires_grad_()
-        energy = model(noisy_latents, work.timesteps).energy
+        with twice_differentiable(True):
+            energy = model.read_at(noisy_latents, work.timesteps, [seen])[0].energy
         (epsilon,) = torch.autograd.grad(energy.sum(), noisy_latents, create_graph=True)
         latents = torch.cat([work.noisy_latents, work.clean_latents])
         timesteps = torch.cat([work.timesteps, torch.zeros_like(work.timesteps)])
@@ -197,18 +201,18 @@ def attention_step(
 
 @torch.no_grad()
 def guided_step(work: Workload, epsilon: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """The energy's gradient with the classifier's: 2 units. `epsilon` is the model's method, or that compiled."""
+    """The energy's gradient with the classifier's: 2 units, 4 with a class embedding. `epsilon`: the model's method."""
     with work.autocast():
-        return epsilon(
-            work.noisy_latents, work.timesteps, guidance_labels=work.class_labels, guidance_scale=GUIDANCE_SCALE
-        )
+        return epsilon(work.noisy_latents, work.timesteps, work.class_labels, guidance_scale=GUIDANCE_SCALE)
 
 
 def two_pass_guided_step(work: Workload) -> torch.Tensor:
     """The same noise prediction as published, a pass for the energy and one for the classifier: 4 units."""
     with work.autocast():
         latents = work.noisy_latents.detach().requires_grad_()
-        (epsilon,) = torch.autograd.grad(work.model(latents, work.timesteps).energy.sum(), latents)
+        seen = work.class_labels if work.model.config.class_embedding else None
+        energy = work.model.read_at(latents, work.timesteps, [seen])[0].energy
+        (epsilon,) = torch.autograd.grad(energy.sum(), latents)
         log_p = F.log_softmax(work.model(latents, work.timesteps).logits, dim=-1)
         (classifier_score,) = torch.autograd.grad(log_p.gather(1, work.class_labels[:, None]).sum(), latents)
         _, sigma = work.model.noise_levels(work.timesteps)

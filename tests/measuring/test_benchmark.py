@@ -43,6 +43,9 @@ ROWS = [
     ("energy training step, full", "noise-prediction training step", 3.0),
     ("full step, float32", "step as published, float32", 0.75),
     ("full step, bf16", "step as published, float32", None),
+    ("full step, class embedding", "step as published, class embedding", 1.0),
+    ("full step, class embedding, dropped", "step as published, class embedding", 0.75),
+    ("guided sampling step, class embedding", "guidance in two passes, class embedding", 1.0),
     ("full step, compiled", "full step, eager", None),
     ("full step, checkpointed", "full step, eager", None),
     ("full step, chunked attention", "full step, math attention", None),
@@ -68,16 +71,27 @@ def config_values(backbone="unet", autoencoder=None, mixed_precision="no", **mod
     }
 
 
-@pytest.fixture(params=[(backbone, head) for backbone in MODELS for head in ("map", "inner")], ids="-".join)
-def work(request):
+def double_workload(backbone, head, class_embedding):
     """A workload in float64."""
-    work = make_workload(parse_config(config_values(request.param[0], head=request.param[1])), CPU)
+    work = make_workload(parse_config(config_values(backbone, head=head)), CPU, class_embedding)
     work.model.double(), work.noise_predictor.double()
     tensors = {name: value for name, value in vars(work).items() if torch.is_tensor(value)}
     doubled = {name: value.double() for name, value in tensors.items() if value.is_floating_point()}
     alpha, sigma = (level[:, None, None, None] for level in work.model.noise_levels(work.timesteps))
     doubled["noisy_latents"] = alpha * doubled["latents"] + sigma * doubled["noise"]  # without float32's rounding
     return dataclasses.replace(work, **doubled)
+
+
+@pytest.fixture(params=[(backbone, head) for backbone in MODELS for head in ("map", "inner")], ids="-".join)
+def work(request):
+    """Without a class embedding."""
+    return double_workload(*request.param, class_embedding=False)
+
+
+@pytest.fixture(params=[(backbone, head) for backbone in MODELS for head in ("map", "inner")], ids="-".join)
+def embedded_work(request):
+    """With one."""
+    return double_workload(*request.param, class_embedding=True)
 
 
 def assert_same_gradients(found, expected):
@@ -92,6 +106,12 @@ def assert_same_gradients(found, expected):
 
 def test_step_as_published_has_the_objectives_gradients(work):
     assert_same_gradients(published_step(work), full_step(work, work.objective))
+
+
+def test_both_steps_with_a_class_embedding_have_the_same_gradients_and_guidance(embedded_work):
+    work = embedded_work
+    assert_same_gradients(published_step(work), full_step(work, work.objective))
+    torch.testing.assert_close(two_pass_guided_step(work), guided_step(work, work.model.epsilon))
 
 
 def test_denoising_part_has_the_gradients_of_the_objectives_denoising_loss(work):
