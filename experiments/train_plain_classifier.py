@@ -24,12 +24,12 @@ class PlainObjective(EGCObjective):
     """The cross entropy of clean latents; nothing is denoised."""
 
     def forward(
-        self, latents: torch.Tensor, class_labels: torch.Tensor, clean_latents: torch.Tensor, **unused: torch.Tensor
+        self, latents: torch.Tensor, *, clean_latents: torch.Tensor, clean_labels: torch.Tensor, **unused: torch.Tensor
     ) -> EGCLosses:
         """As `EGCObjective.forward`. As there, the mean is over all rows, and one without a label adds 0."""
         logits = self.energy_model(clean_latents, 0).logits
         loss = F.cross_entropy(
-            logits, class_labels, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="none"
+            logits, clean_labels, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="none"
         ).mean()
         return EGCLosses(loss, torch.zeros_like(loss), loss)
 

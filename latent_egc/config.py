@@ -11,6 +11,7 @@ import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,9 @@ class ObjectiveConfig:
     classification_weight: float = within(0.005, 0.0)  # the paper's gamma
     label_smoothing: float = within(0.0, 0.0, 0.99)
     label_drop: float = within(0.1, 0.0, 1.0)  # share of labels hidden from the class embedding, if there is one
+    # With a class embedding: the noisy cross entropy of all rows, or of those whose label is dropped, which is cheaper.
+    noisy_classification: Literal["all", "dropped"] = "all"
+    clean_fraction: float = within(1.0, 1e-3, 1.0)  # share of the rows that the clean branch sees, weighted by 1 / it
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,11 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         target[last] = value
 
 
+def clean_share(clean_fraction: float) -> Fraction:
+    """`objective.clean_fraction` as the fraction that is meant: 0.1 is a tenth."""
+    return Fraction(clean_fraction).limit_denominator(1000)
+
+
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Plain values -> a checked `Config`. Raises ConfigError as `load_config` does."""
     if "model" not in values:
@@ -216,6 +225,12 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     config = parse_dataclass(Config, _with_new_names(values), "")
     check_folder(config.autoencoder.path, "autoencoder.path")
     _check_data(config.data)
+    rows = config.training.train_batch_size * clean_share(config.objective.clean_fraction)
+    if rows.denominator != 1:
+        raise ConfigError(
+            "objective.clean_fraction must be a whole number of rows of training.train_batch_size="
+            f"{config.training.train_batch_size}, got {config.objective.clean_fraction}"
+        )
     if config.training.compile and config.training.activation_checkpointing:
         raise ConfigError(
             "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "

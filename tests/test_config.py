@@ -250,3 +250,10 @@ def test_shipped_configs_parse_and_build(path, monkeypatch):
     with torch.device("meta"):  # the largest have gigabytes of weights
         model = build_network(resolve_model(config.model))
     assert model.config.num_classes == config.model["num_classes"]
+
+
+def test_the_clean_branch_sees_whole_rows():
+    values = {"model": {}, "training": {"train_batch_size": 30}}
+    assert parse_config(values | {"objective": {"clean_fraction": 0.1}}).objective.clean_fraction == 0.1
+    with pytest.raises(ConfigError, match=r"objective.clean_fraction must be a whole number of rows .*=30, got 0.25"):
+        parse_config(values | {"objective": {"clean_fraction": 0.25}})

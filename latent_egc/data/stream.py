@@ -4,11 +4,14 @@ Nothing random here depends on how often or where it is asked: a sample's image,
 of (seed, number). A resumed run and any number of processes therefore see the same samples.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from latent_egc.config import clean_share
 
 # What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
 ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE, KEPT_LABELS = range(6)
@@ -93,16 +96,30 @@ def sample_draws(
 
 
 class TrainingSamples(Dataset):
-    """The training stream: `Views` of the train split, joined with `sample_draws`."""
+    """The training stream: `Views` of the train split, joined with `sample_draws`, and `in_clean_branch` ().
+
+    The clean branch sees the share `clean_fraction` of the samples, spread evenly by their numbers: as many in each of
+    the consecutive blocks that are a process's micro-batches.
+    """
 
     def __init__(
-        self, views: Dataset, seed: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
+        self,
+        views: Dataset,
+        seed: int,
+        shape: tuple[int, int, int],
+        num_timesteps: int,
+        label_drop: float,
+        clean_fraction: float = 1.0,
     ) -> None:
         self.views = views
         self.draws = (seed, shape, num_timesteps, label_drop)
+        self.clean_share = clean_share(clean_fraction)
 
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:
         """For each sample everything that one row of the objective needs; see `Views` and `sample_draws`."""
         seed, *rest = self.draws
-        views = self.views.__getitems__(samples)
-        return [{**view, **sample_draws(seed, sample, *rest)} for view, sample in zip(views, samples, strict=True)]
+        items = []
+        for view, sample in zip(self.views.__getitems__(samples), samples, strict=True):
+            seen = math.floor((sample + 1) * self.clean_share) > math.floor(sample * self.clean_share)
+            items.append({**view, **sample_draws(seed, sample, *rest), "in_clean_branch": torch.tensor(seen)})
+        return items

@@ -8,6 +8,7 @@ twice before training: as the run will do it, and by plain float32 operations on
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 
 import torch
 from accelerate import Accelerator
@@ -105,9 +106,14 @@ def _plain_gradients(
     model, num_rows = objective.energy_model, len(inputs["latents"])
     recomputing, model.gradient_checkpointing = model.gradient_checkpointing, False
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    # The clean branch may see fewer rows; in every part the same share of them.
+    clean = Fraction(len(inputs.get("clean_latents", inputs["latents"])), num_rows)
+    at_once = clean.denominator * max(1, ROWS_AT_ONCE // clean.denominator)
     try:
-        for first in range(0, num_rows, ROWS_AT_ONCE):
-            rows = {k: None if v is None else v[first : first + ROWS_AT_ONCE] for k, v in inputs.items()}
+        for first in range(0, num_rows, at_once):
+            part = slice(first, first + at_once)
+            clean_part = slice(int(first * clean), int((first + at_once) * clean))
+            rows = {key: value[clean_part if "clean" in key else part] for key, value in inputs.items()}
             losses = type(objective).forward(objective, **rows)
             share = len(rows["latents"]) / num_rows
             for name, gradient in _gradients(losses.loss, parameters).items():

@@ -4,6 +4,7 @@ Everything random is a function of (seed, sample number), the learning rate of t
 that was never interrupted.
 """
 
+import dataclasses
 import math
 import signal
 import time
@@ -183,7 +184,9 @@ def prepare(
 ) -> tuple[nn.Module, AcceleratedOptimizer, EMAModel]:
     """The objective as every process runs it, its optimiser, and the average of the weights, on the device."""
     training = config.training
-    objective = objective_class(model, config.objective.classification_weight, config.objective.label_smoothing)
+    options = dataclasses.asdict(config.objective)
+    del options["clean_fraction"]  # that of the rows which the loader chooses
+    objective = objective_class(model, **options)
     if training.activation_checkpointing:
         model.enable_gradient_checkpointing()
     if training.compile:
@@ -219,10 +222,14 @@ def micro_batches(
     training, workers = config.training, config.data.num_workers
     num_timesteps, num_classes = config.model["num_train_timesteps"], config.model["num_classes"]
     shape = latent_shape(vae, config.data.image_size)
-    samples = TrainingSamples(views, training.seed, shape, num_timesteps, config.objective.label_drop)
+    shares = config.objective.label_drop, config.objective.clean_fraction
+    samples = TrainingSamples(views, training.seed, shape, num_timesteps, *shares)
     sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
     schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
     for batch in DataLoader(samples, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0):
+        seen = batch.pop("in_clean_branch")  # chosen before anything waits for a device
+        batch |= {key: batch[key][seen] for key in ("clean_view", "clean_posterior_noise")}
+        batch["clean_labels"] = batch["class_labels"][seen]
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         inputs = objective_inputs(batch, views, vae, config.autoencoder.sample_posterior, num_classes is not None)
         yield inputs, batch["num_skipped"].sum()
@@ -245,7 +252,7 @@ def objective_inputs(
     inputs |= {key: batch[key] for key in ("noise", "timesteps", "label_dropped")}
     if labelled:
         clean_latents = latents("clean_view", "clean_posterior_noise")
-        inputs |= {"class_labels": batch["class_labels"], "clean_latents": clean_latents}
+        inputs |= {key: batch[key] for key in ("class_labels", "clean_labels")} | {"clean_latents": clean_latents}
     return inputs
 
 

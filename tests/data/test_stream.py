@@ -98,3 +98,13 @@ def test_workers_give_what_the_main_process_gives(tmp_path):
     for batch, other in zip(alone, shared, strict=True):
         assert set(batch) == set(other)
         assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(1.0, 10), (0.5, 5), (0.1, 1), (0.3, 3)])
+def test_the_clean_branch_sees_as_many_samples_in_every_micro_batch(tmp_path, fraction, count):
+    """And the samples themselves do not depend on how many processes share the stream."""
+    config = write_folder(tmp_path / "images")
+    views = PixelViews(load_splits(config, 2).train, config, seed=1)
+    samples = TrainingSamples(views, 1, (2, 4, 4), 1000, 0.1, fraction)
+    seen = [item["in_clean_branch"] for item in samples.__getitems__(list(range(40)))]
+    assert torch.stack(seen).view(4, 10).sum(dim=1).tolist() == [count] * 4

@@ -46,6 +46,12 @@ def test_float32_is_exact_and_leaves_no_trace(objective):
     assert all(parameter.grad is None for parameter in objective.parameters())
 
 
+def test_a_part_of_the_clean_rows_is_checked_too(objective):
+    batch = inputs(12)
+    batch["clean_latents"], batch["clean_labels"] = batch["clean_latents"][::3], batch["class_labels"][::3]
+    assert check_gradients(objective, batch, Accelerator(cpu=True)) < 1e-5
+
+
 def test_recomputing_and_compiled_steps_pass(objective):
     objective.energy_model.enable_gradient_checkpointing()
     assert check_gradients(objective, inputs(), Accelerator(cpu=True)) < 1e-5

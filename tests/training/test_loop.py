@@ -142,6 +142,21 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
     assert losses(tmp_path / "large")[1] == pytest.approx(losses(tmp_path / "small")[1], rel=1e-5)
 
 
+def test_the_cheapest_step_trains_alike_in_one_batch_and_in_several(tmp_path):
+    """A class embedding, the noisy cross entropy off dropped rows, half of the clean rows: 7.5 units."""
+    settings = {"max_steps": 2, "warmup_steps": 0}
+    found = {}
+    for name, size, parts in (("large", 8, 1), ("small", 2, 4)):
+        values = run_values(tmp_path / name, train_batch_size=size, gradient_accumulation_steps=parts, **settings)
+        values["model"]["class_embedding"] = True
+        values["objective"] |= {"label_drop": 0.5, "noisy_classification": "dropped", "clean_fraction": 0.5}
+        train(parse_config(values))
+        found[name] = losses(tmp_path / name)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for step in (1, 2):
+        assert found["large"][step] == pytest.approx(found["small"][step], rel=1e-5)
+
+
 def test_final_pipeline_has_the_averaged_weights_and_the_validation_accuracy(tmp_path):
     config = run_config(tmp_path / "run", learning_rate=1e-2, num_validation_images=40, ema_decay=0.5)
     folder = train(config)
