@@ -48,23 +48,17 @@ class DenoisedClassifier(PixelClassifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, K), the logarithm of the mean probabilities."""
         model, latents = self.energy_model, self.pipeline.encode(2 * images - 1)
-        noise = torch.randn(
-            len(latents), self.num_draws, *latents.shape[1:], device=latents.device, dtype=latents.dtype
-        )
+        shape = (len(latents), self.num_draws, *latents.shape[1:])
+        noise = torch.randn(shape, device=latents.device, dtype=latents.dtype)
         return denoised_log_probabilities(energy_potential(model), model, latents, noise, self.timestep)
 
 
 @dataclass(frozen=True)
 class Threat:
-    """How far an attack may move an image.
+    """How far an attack may move an image with values in [0, 1]."""
 
-    Args:
-        norm: "l_inf" or "l_2", over all pixels and channels of an image with values in [0, 1].
-        eps: the largest norm of the change.
-    """
-
-    norm: Literal["l_inf", "l_2"]
-    eps: float
+    norm: Literal["l_inf", "l_2"]  # over all pixels and channels
+    eps: float  # the largest norm of the change
 
     @property
     def eps_text(self) -> str:
@@ -156,10 +150,8 @@ class Attacker:
 
     def fgsm(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
         """One step along the gradient's sign, or its direction for l_2 (Goodfellow et al., ICLR 2015)."""
-        attack = self.attacks.FastGradientMethod(
-            self.classifier, norm=threat.order, eps=threat.eps, batch_size=len(images)
-        )
-        return attack.generate(images, labels)
+        shared = {"norm": threat.order, "eps": threat.eps, "batch_size": len(images)}
+        return self.attacks.FastGradientMethod(self.classifier, **shared).generate(images, labels)
 
     def pgd(
         self, images: np.ndarray, labels: np.ndarray, threat: Threat, num_steps: int, random_start: bool = True
@@ -199,7 +191,5 @@ class Attacker:
             for loss, steps in schedule
         ]
         attacks.append(self.attacks.SquareAttack(self.classifier, max_iter=num_queries, p_init=0.8, **shared))
-        attack = self.attacks.AutoAttack(
-            self.classifier, norm=threat.order, eps=threat.eps, attacks=attacks, batch_size=len(images)
-        )
-        return attack.generate(images, labels)
+        del shared["verbose"]
+        return self.attacks.AutoAttack(self.classifier, attacks=attacks, **shared).generate(images, labels)

@@ -211,8 +211,10 @@ class EvaluationContext(StudyContext):
     Args:
         pipeline: on the accelerator's device.
         data: the dataset; its `image_size` gives way to the pipeline's. The validation split is evaluated.
-        settings: of the evaluation.
-        accelerator: the processes that share the work.
+        settings, accelerator: as for `StudyContext`.
+
+    Attributes:
+        num_classes: K, None for an unlabelled model.
 
     Raises:
         ConfigError: the dataset cannot be used with this pipeline.
@@ -222,6 +224,7 @@ class EvaluationContext(StudyContext):
         self, pipeline: EGCPipeline, data: DataConfig, settings: StudySettings, accelerator: Accelerator
     ) -> None:
         self.pipeline, self.model = pipeline, pipeline.energy_model
+        self.num_classes: int | None = self.model.config.num_classes
         super().__init__(self.model, pipeline.image_size, data, self.num_classes, settings, accelerator)
         expected = [name for _, name in sorted(pipeline.id2label.items())]
         if self.class_names != expected:
@@ -233,17 +236,11 @@ class EvaluationContext(StudyContext):
             )
 
     @property
-    def num_classes(self) -> int | None:
-        """K, None for an unlabelled model."""
-        return self.model.config.num_classes
-
-    @property
     def fingerprint(self) -> str:
-        """See `StudyContext.fingerprint`."""
         return f"{fingerprint(self.model)} with {fingerprint(self.pipeline.vae)}"
 
     def identity(self) -> dict[str, Any]:
-        """See `StudyContext.identity`; before this entry stood in reports, noise was drawn by an image's position."""
+        # Before this entry stood in reports, noise was drawn by an image's position.
         return super().identity() | {"noise": "by seed and row"}
 
     def require_classes(self, suite: str) -> None:

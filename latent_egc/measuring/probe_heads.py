@@ -29,17 +29,11 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What a linear probe reached.
+    """What a linear probe reached."""
 
-    Args:
-        held_out: accuracy on the held-out training rows, with which everything is chosen.
-        accuracy: on the validation rows, after refitting on all training rows.
-        c: the chosen inverse strength of the penalty.
-    """
-
-    held_out: float
-    accuracy: float
-    c: float
+    held_out: float  # accuracy on the held-out training rows, with which everything is chosen
+    accuracy: float  # on the validation rows, after refitting on all training rows
+    c: float  # the chosen inverse strength of the penalty
 
 
 def standardised(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
