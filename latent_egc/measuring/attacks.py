@@ -33,12 +33,9 @@ class PixelClassifier(nn.Module):
 
 
 class DenoisedClassifier(PixelClassifier):
-    """Noise the latents, denoise them in one step, classify; probabilities are the mean over fresh draws of noise.
+    """Noise the latents to `timestep`, denoise them in one step, classify.
 
-    Args:
-        pipeline: whose network denoises and classifies.
-        timestep: how much noise.
-        num_draws: of the noise, in each forward pass.
+    Probabilities are the mean over `num_draws` fresh draws of noise in each forward pass.
     """
 
     def __init__(self, pipeline: EGCPipeline, timestep: int, num_draws: int) -> None:
@@ -78,10 +75,9 @@ class Attacker:
     """A classifier under attack: attacks maximise its cross entropy within a threat, AutoAttack also other losses.
 
     Args:
-        network: images (N, 3, H, W) in [0, 1] to logits (N, K).
+        network: images (N, 3, H, W) in [0, 1] to logits (N, K), on `device`.
         shape: (3, H, W).
         num_classes: K.
-        device: on which the network stands.
 
     Raises:
         ConfigError: no gradient reaches the pixels, or the library is not installed.
@@ -94,9 +90,8 @@ class Attacker:
             from art.attacks import evasion
             from art.estimators.classification import PyTorchClassifier
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
-            ) from error
+            message = f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
+            raise ConfigError(message) from error
         self.attacks = evasion
         self.classifier = PyTorchClassifier(
             network,

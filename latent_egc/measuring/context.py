@@ -57,8 +57,7 @@ class StudyContext:
         image_size: its images' height and width; that of `data` gives way to it.
         data: the dataset. The validation split is judged.
         num_classes: as `load_splits` takes it.
-        settings: of the study.
-        accelerator: the processes.
+        settings, accelerator: of the study, and the processes.
 
     Attributes:
         rows, labels: (M,), the judged rows of the validation split, and their labels.
@@ -189,16 +188,12 @@ class StudyContext:
         return torch.cat(results)
 
     def with_interval(
-        self,
-        statistic: Callable[..., float],
-        *samples: np.ndarray | torch.Tensor,
-        percent: bool = False,
-        strata: np.ndarray | None = None,
+        self, statistic: Callable[..., float], *samples: np.ndarray | torch.Tensor, **options: Any
     ) -> Metric:
-        """`bootstrapped` with this study's settings."""
+        """`bootstrapped` with this study's settings; options are its `percent` and `strata`."""
         arrays = [sample.numpy() if torch.is_tensor(sample) else sample for sample in samples]
         num_resamples, seed = self.settings.num_resamples, self.settings.seed
-        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, percent=percent, strata=strata)
+        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, **options)
 
     def accuracy(self, correct: np.ndarray) -> Metric:
         """The mean of (M,) shares, zeros and ones for example, with its interval, as a percentage."""

@@ -46,7 +46,6 @@ def lines(
     Args:
         x: positions of the points, or their names.
         series: name -> values at `x`; the intervals of metrics are drawn as a shade.
-        x_name, y_name: the axes' names.
         y_limits: of the vertical axis, None: by the data.
         level: a horizontal line's height and its name.
     """
@@ -107,11 +106,10 @@ def heat_map(
     """A matrix as coloured, numbered cells.
 
     Args:
-        values: (R, C).
+        values: (R, C), shown with so many `decimals`.
         row_names, column_names: R and C of them.
         names: of the rows' axis, the columns' axis and the values.
         marked: row and column of a cell that is framed.
-        decimals: of the numbers in the cells.
     """
     num_rows, num_columns = values.shape
     size = (min(12.0, 2.6 + 0.56 * num_columns), min(12.0, 1.4 + 0.34 * num_rows))
