@@ -60,6 +60,7 @@ class StudyContext:
         settings, accelerator: of the study, and the processes.
 
     Attributes:
+        class_names: the dataset's, in the order of their ids; empty where labels play no part.
         rows, labels: (M,), the judged rows of the validation split, and their labels.
         parts: where the running suite keeps the parts of its long steps until it is finished; None: nowhere.
 
@@ -84,6 +85,7 @@ class StudyContext:
         self.parts: Path | None = None
         self.data = dataclasses.replace(data, image_size=image_size)
         self.splits = load_splits(self.data, num_classes)
+        self.class_names = self.splits.class_names
         self.rows = self.rows_of(self.splits.validation, settings.num_images)
         self.labels = self.splits.validation.labels[self.rows]
 
@@ -96,11 +98,6 @@ class StudyContext:
                 f"{len(rows)} labelled images of the {table.name} split, at least {self.fewest_images} are needed"
             )
         return rows
-
-    @property
-    def class_names(self) -> list[str]:
-        """The dataset's, in the order of their ids; empty where labels play no part."""
-        return self.splits.class_names
 
     @property
     def fingerprint(self) -> str:

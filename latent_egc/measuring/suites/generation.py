@@ -109,9 +109,6 @@ def _load_judge(context: EvaluationContext, path: str) -> Extractor:
     return judge
 
 
-# --- samples and their features -------------------------------------------------------------------------------------
-
-
 def sample_images(context: EvaluationContext, settings: Settings, labels: np.ndarray | None) -> torch.Tensor:
     """(N, 3, H, W) uint8; sample i starts from noise that is a function of (seed, i)."""
     pipeline = context.pipeline
@@ -155,9 +152,6 @@ def _features(context: EvaluationContext, extractor: Extractor, images: torch.Te
         return extractor(images[list(batch)].to(context.accelerator.device) / 255)
 
     return context.over(len(images), features, extractor.name).numpy()
-
-
-# --- what is reported -----------------------------------------------------------------------------------------------
 
 
 def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: int, num_reference: int) -> str:
