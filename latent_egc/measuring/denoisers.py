@@ -75,12 +75,10 @@ class Denoiser:
 
         A transformer, which has no levels, joins its second half's blocks to the first half's, mirrored.
         """
-        names = list(self.blocks)
-        if any(name.startswith("block.") for name in names):
-            layers = [name for name in names if name.startswith("block.")]
+        if layers := [name for name in self.blocks if name.startswith("block.")]:
             return [(layers[-1 - i], layers[i]) for i in range(len(layers) // 2)]
         last: dict[str, dict[str, str]] = {"up": {}, "down": {}}
-        for name in names:
+        for name in self.blocks:
             side, *place = name.split(".")
             if side in last:
                 last[side][place[0]] = name
@@ -158,7 +156,11 @@ def _blocks(network: ModelMixin) -> dict[str, nn.Module]:
             raise ConfigError(
                 "a UNet2DModel with class embedding has no null label; it cannot be probed without labels"
             )
-        down, up = ([_layers(level) for level in levels] for levels in (network.down_blocks, network.up_blocks))
+        # Of a level's layers an attention's output, where one follows the ResNet block.
+        down, up = (
+            [list(getattr(level, "attentions", None) or level.resnets) for level in levels]
+            for levels in (network.down_blocks, network.up_blocks)
+        )
         mid = [] if network.mid_block is None else [network.mid_block]
     else:
         raise ConfigError(
@@ -170,11 +172,6 @@ def _blocks(network: ModelMixin) -> dict[str, nn.Module]:
     blocks |= {f"mid.{i}": block for i, block in enumerate(mid)}
     finest_last = zip(reversed(range(len(up))), up, strict=True)
     return blocks | {f"up.{level}.{i}": block for level, layers in finest_last for i, block in enumerate(layers)}
-
-
-def _layers(level: nn.Module) -> list[nn.Module]:
-    """The layers of one level of diffusers' U-Net: an attention's output where one follows the ResNet block."""
-    return list(getattr(level, "attentions", None) or level.resnets)
 
 
 def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
