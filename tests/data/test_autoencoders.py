@@ -18,7 +18,7 @@ from latent_egc.data.autoencoders import (
 )
 from latent_egc.data.sources import load_splits, read_image
 from latent_egc.data.views import central_view
-from latent_egc.pipelines.images import unscale_latents
+from latent_egc.pipelines.latents import unscale_latents
 
 
 @pytest.fixture
