@@ -12,6 +12,8 @@ from pathlib import Path
 def add_code_files(folder: Path, pipeline_class: type, network_class: type) -> None:
     """Puts the code files beside the weights and names them in model_index.json as diffusers wants it.
 
+    The folders of this machine that parts were loaded from are left out.
+
     Does nothing for a class of somebody else's: that is loaded where it can be imported.
 
     Args:
@@ -26,10 +28,14 @@ def add_code_files(folder: Path, pipeline_class: type, network_class: type) -> N
         place.mkdir(exist_ok=True)
         (place / f"{_stem(kind)}.py").write_text(code_file(kind.__module__))
     index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text())
-    index["_class_name"] = [_stem(pipeline_class), pipeline_class.__name__]
-    index["energy_model"] = [_stem(network_class), network_class.__name__]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    for file in (index_file, *folder.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        if Path(config.get("_name_or_path") or "").is_absolute():  # where it was loaded from is no stranger's business
+            del config["_name_or_path"]
+        if file == index_file:
+            config["_class_name"] = [_stem(pipeline_class), pipeline_class.__name__]
+            config["energy_model"] = [_stem(network_class), network_class.__name__]
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _stem(kind: type) -> str:

@@ -15,7 +15,18 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny import ROOT, generator, gradient_image, sample, tiny_kl, tiny_pipeline, tiny_taesd, tiny_unet
+from tiny import (
+    ROOT,
+    generator,
+    gradient_image,
+    sample,
+    tiny_dc,
+    tiny_kl,
+    tiny_pipeline,
+    tiny_qwen,
+    tiny_taesd,
+    tiny_unet,
+)
 
 from latent_egc import EGCPipeline, EGCUNet
 from latent_egc.pipelines import pipeline_egc
@@ -310,7 +321,7 @@ def test_bad_top_k():
 # --- construction, saving and loading ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vae", [tiny_kl, tiny_taesd, lambda: None])
+@pytest.mark.parametrize("vae", [tiny_kl, tiny_taesd, tiny_dc, tiny_qwen, lambda: None])
 def test_save_and_load_in_a_new_process(tmp_path, vae):
     vae = vae()
     model = tiny_unet(in_channels=2 if vae is not None else 3).eval()
