@@ -18,7 +18,7 @@ from latent_egc.data.autoencoders import encode_moments, fingerprint, latents_fr
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.models.noise_schedule import add_noise
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.images import vae_scale_factor
+from latent_egc.pipelines.latents import latent_channels, vae_scale_factor
 from latent_egc.training.checkpoints import resolve_pipeline
 
 # A block's feature map (N, D, h, w) -> what takes its place.
@@ -54,10 +54,10 @@ class Denoiser:
         size, self.channels = network.config.sample_size, network.config.in_channels
         if not isinstance(size, int):
             raise ConfigError(f"{source}: {type(network).__name__} needs a square sample_size, got {size!r}")
-        latent_channels = 3 if vae is None else vae.config.latent_channels
-        if self.channels != latent_channels:
+        expected = latent_channels(vae)
+        if self.channels != expected:
             what = "pixels, as there is no autoencoder," if vae is None else f"latents of {type(vae).__name__}"
-            raise ConfigError(f"{source}: the network takes {self.channels} channels, {what} have {latent_channels}")
+            raise ConfigError(f"{source}: the network takes {self.channels} channels, {what} have {expected}")
         if vae is not None:
             vae.eval().requires_grad_(False)
         self.sample_size = size
