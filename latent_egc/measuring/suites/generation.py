@@ -137,6 +137,7 @@ def sample_images(context: EvaluationContext, settings: Settings, labels: np.nda
             guidance_scale=settings.guidance_scale,
             generator=generators,
             output_type="pt",
+            batch_size=len(positions),
         ).images
         return _to_uint8(images)
 
