@@ -290,14 +290,16 @@ class EGCPipeline(SelfContainedPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device, dtype)
 
-        # Calls may run side by side: what one of them changes, the scheduler above all, is its own.
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        # Calls may run side by side: what one of them changes, the scheduler above all, is its own. The pipeline itself
+        # only tells of the last call.
         call = copy.copy(self)
+        call._interrupt = self._interrupt = False
         batch_size = batch_size or self._default_batch_size(*latents.shape[-2:])
         images = []
         for start in range(0, num_images, batch_size):
             rows = slice(start, start + batch_size)
             call.scheduler = copy.deepcopy(self.scheduler)
+            call._guidance_scale = self._guidance_scale = guidance_scale
             set_timesteps(call.scheduler, num_inference_steps, timesteps, sigmas, device)
             call._num_timesteps = self._num_timesteps = len(call.scheduler.timesteps)
             found = call._sample(

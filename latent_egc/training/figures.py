@@ -56,6 +56,7 @@ def sample_rows(
                 guidance_scale=guidance_scale,
                 generator=generators,
                 output_type="np",
+                batch_size=batch_size,
             ).images
         )
     pipeline.set_progress_bar_config(disable=False)

@@ -10,16 +10,18 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fake_hub import serve
-from tiny import tiny_pipeline
+from tiny import tiny_dc, tiny_pipeline, tiny_qwen
+from tiny_runs import run_values
 
 import latent_egc.methods
 from latent_egc import EGCPipeline, EGCUNet
-from latent_egc.config import ConfigError
+from latent_egc.config import ConfigError, parse_config
 from latent_egc.exchange import export as export_module
 from latent_egc.exchange.export import export
 from latent_egc.pipelines import pipeline_egc
 from latent_egc.pipelines.code_files import bundle
 from latent_egc.training.figures import save_grid
+from latent_egc.training.loop import train
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -129,6 +131,20 @@ def test_contents_and_model_card(tmp_path):
     for part in ("library_name: diffusers", "validation_accuracy | 0.875", "num_inference_steps=7", "backbone: unet"):
         assert part in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("make", [tiny_dc, tiny_qwen])
+def test_every_kind_of_autoencoder_is_trained_with_and_exported(make, tmp_path):
+    make().save_pretrained(tmp_path / "vae")
+    values = run_values(tmp_path / "run", max_steps=1, num_validation_images=4)
+    values["autoencoder"] = {"path": str(tmp_path / "vae")}
+    values["model"] |= {"sample_size": 16, "in_channels": 2}
+    train(parse_config(values))
+    pipeline = EGCPipeline.from_pretrained(export(tmp_path / "run", tmp_path / "exported"))
+    assert type(pipeline.vae) is type(make())
+    assert pipeline.image_size == 32
+    assert pipeline.classify(torch.rand(2, 3, 32, 32)).logits.isfinite().all()
+    assert sample(pipeline, ["0", "1"]).shape == (2, 3, 32, 32)
 
 
 def test_unfinished_run_exports_its_best_checkpoint(tmp_path):

@@ -286,6 +286,10 @@ def test_a_callback_changes_the_scale_and_stops_a_call():
     assert not torch.equal(sample(pipeline, "cat", guidance_scale=1.0, callback_on_step_end=raise_scale), first)
     assert pipeline.guidance_scale == 1.0 + pipeline.num_timesteps
     assert torch.equal(sample(pipeline, "cat", guidance_scale=1.0), first)
+    arguments = {"generator": [generator(0), generator(1)], "callback_on_step_end": raise_scale}
+    together = sample(pipeline, ["cat", "dog"], **arguments)
+    arguments["generator"] = [generator(0), generator(1)]
+    torch.testing.assert_close(sample(pipeline, ["cat", "dog"], **arguments, batch_size=1), together, atol=1e-4, rtol=0)
 
     for of_the_call in (True, False):
         steps = []

@@ -122,6 +122,7 @@ def sample_images(context: EvaluationContext, settings: Settings, labels: np.nda
             guidance_scale=settings.guidance_scale,
             generator=[noise_generator(context.settings.seed, i) for i in positions],
             output_type="pt",
+            batch_size=len(positions),
         ).images
         return _to_uint8(images)
 
