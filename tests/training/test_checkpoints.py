@@ -50,6 +50,16 @@ def test_replacing_a_folder_keeps_the_old_one_on_failure(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_a_kill_left_beside_a_folder_does_not_stop_the_next_writing(tmp_path):
+    for name in ("a", "a.tmp", "a.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+        (tmp_path / name / f"of {name}").write_text("left behind")
+    replace_folder(tmp_path / "a", lambda folder: (folder / "x").write_text("new"))
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"a", "a/x"}
+    assert (tmp_path / "a" / "x").read_text() == "new"
+
+
 def test_a_run_is_not_overwritten_without_being_told(tmp_path):
     folder = train(run_config(tmp_path / "run", max_steps=1))
     before = (folder / "metrics.jsonl").read_text()

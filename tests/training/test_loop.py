@@ -21,12 +21,14 @@ from tiny_runs import evaluations, finish, losses, run_config, run_values, start
 from latent_egc import EGCPipeline
 from latent_egc.config import ConfigError, TrainingConfig, parse_config
 from latent_egc.data.sources import load_splits
+from latent_egc.objective import EGCObjective
 from latent_egc.training.checkpoints import (
     checkpoint_folders,
     read_metrics,
     read_record,
     resolve_pipeline,
 )
+from latent_egc.training.figures import save_samples
 from latent_egc.training.loop import NonFiniteLossError, learning_rate_at, train
 
 
@@ -142,13 +144,21 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
     assert losses(tmp_path / "large")[1] == pytest.approx(losses(tmp_path / "small")[1], rel=1e-5)
 
 
-def test_final_pipeline_has_the_averaged_weights_and_the_validation_accuracy(tmp_path):
-    config = run_config(tmp_path / "run", learning_rate=1e-2, num_validation_images=40, ema_decay=0.5)
+def test_pipelines_and_grids_have_the_averaged_weights_and_the_validation_accuracy(tmp_path):
+    config = run_config(tmp_path / "run", learning_rate=1e-2, num_validation_images=40, ema_decay=0.5, sample_every=4)
     folder = train(config)
-    pipeline = EGCPipeline.from_pretrained(folder / "pipeline")
-    state = torch.load(folder / "checkpoints/step-00000004/state/custom_checkpoint_0.pkl", weights_only=True)
-    for parameter, average in zip(pipeline.energy_model.parameters(), state["shadow_params"], strict=True):
-        assert torch.equal(parameter, average)
+    checkpoint = checkpoint_folders(folder)[-1]
+    state = torch.load(checkpoint / "state/custom_checkpoint_0.pkl", weights_only=True)
+    raw = load_file(checkpoint / "state/model.safetensors")
+    for place in (checkpoint, folder):
+        pipeline = EGCPipeline.from_pretrained(place / "pipeline")
+        for parameter, average in zip(pipeline.energy_model.parameters(), state["shadow_params"], strict=True):
+            assert torch.equal(parameter, average)
+        named = pipeline.energy_model.named_parameters()
+        assert not all(torch.equal(parameter, raw[f"energy_model.{name}"]) for name, parameter in named)
+    save_samples(pipeline, config.sampling, tmp_path / "grid.png", 4)
+    grids = [Image.open(path).convert("RGB") for path in (folder / "samples/step-00000004.png", tmp_path / "grid.png")]
+    assert np.array_equal(*map(np.asarray, grids))
     table = load_splits(config.data, 10).validation
     output = pipeline.classify([table.image(i) for i in range(40)])
     accuracy = float((output.logits.argmax(dim=1) == torch.from_numpy(table.labels[:40])).float().mean())
@@ -194,6 +204,21 @@ def test_not_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
         train(config)
     weights = checkpoint_folders(tmp_path / "run")[0] / "pipeline/energy_model/diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size > 1000
+
+
+class KinkedObjective(EGCObjective):
+    """Its loss is right and finite, its gradient is not."""
+
+    def forward(self, *arguments, **named_arguments):
+        losses = super().forward(*arguments, **named_arguments)
+        kink = (0 * next(self.parameters()).sum()).sqrt()
+        return losses._replace(loss=losses.loss + kink)
+
+
+def test_not_finite_gradient_of_a_finite_loss_stops(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step 0: \{'loss': \d.*'grad_norm': nan"):
+        train(run_config(tmp_path / "run"), KinkedObjective)
+    assert checkpoint_folders(tmp_path / "run") == []
 
 
 def test_corrupt_training_image_is_named_or_skipped_and_counted(tmp_path):
