@@ -13,7 +13,7 @@ GENERATION = ["num_samples=60", "num_inference_steps=5", "kid_subset_size=20", "
 
 
 def write_things(folder: Path, per_class: int) -> None:
-    """Below `folder`: images, vae, dit, pipeline, features.pt, cached.yaml and pixels.yaml, two runs' configurations."""
+    """Below `folder`: images, vae, dit, pipeline, features.pt, and two runs' configurations, cached and pixels."""
     data = write_images(folder / "images", per_class=per_class)
     tiny_kl().save_pretrained(folder / "vae")
     dit = DiTTransformer2DModel(2, 8, in_channels=2, num_layers=1, sample_size=4, num_embeds_ada_norm=3)
@@ -48,14 +48,24 @@ def write_things(folder: Path, per_class: int) -> None:
 
 def arguments(verb: str, things: Path, output: Path) -> list[str]:
     """The command line of a verb that writes `output`."""
-    pipeline, data = str(things / "pipeline"), ["--data", str(things / "pixels.yaml")]
+    pipeline, pixels = str(things / "pipeline"), str(things / "pixels.yaml")
     study = ["--output", str(output), "--set"]
     generation = [f"generation.{setting}" for setting in (f'features=["{things / "features.pt"}"]', *GENERATION)]
     return {
         "encode": ["encode", str(things / "cached.yaml"), f"data.latent_cache={output}", "--batch-size=8"],
         "train": ["train", str(things / "cached.yaml"), f"output_dir={output}"],
-        "evaluate": ["evaluate", pipeline, *data, "--suite", EVALUATE, *study, *FAST_EVALUATION, *generation],
-        "probe": ["probe", pipeline, *data, "--suite", "heatmap,pooling", *study, *FAST_PROBE],
+        "evaluate": [
+            "evaluate",
+            pipeline,
+            "--data",
+            pixels,
+            "--suite",
+            EVALUATE,
+            *study,
+            *FAST_EVALUATION,
+            *generation,
+        ],
+        "probe": ["probe", pipeline, "--data", pixels, "--suite", "heatmap,pooling", *study, *FAST_PROBE],
         "sample": ["sample", pipeline, "--num-images-per-label=1", "--steps=2", "--output", str(output)],
         "export": ["export", pipeline, str(output)],
         "convert": ["convert", "--from-dit", str(things / "dit"), str(output)],

@@ -87,6 +87,10 @@ def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.block_out_channels was \[8, 16\]"):
         train(parse_config(values))
     AcceleratorState._reset_state(reset_partial_state=True)
+    values = run_values(folder, max_steps=2, resume="auto") | {"autoencoder": {"sample_posterior": False}}
+    with pytest.raises(ConfigError, match=r"autoencoder\.sample_posterior was True"):
+        train(parse_config(values))
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.warns(UserWarning, match=r"training\.seed=5, it was 0"):
         train(run_config(folder, max_steps=1, resume="auto", seed=5))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -99,7 +103,7 @@ def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
     from latent_egc.training.checkpoints import CheckpointRecord, prune_checkpoints, write_record
 
-    for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
+    for step, score in ((1, 0.9), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
         checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         write_record(checkpoint, CheckpointRecord(step, score))
