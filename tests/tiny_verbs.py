@@ -9,7 +9,8 @@ from tiny import tiny_kl, tiny_pipeline, write_images
 from tiny_studies import FAST_EVALUATION, FAST_PROBE, Brightness
 
 EVALUATE = "classification,calibration,generation,likelihood"
-GENERATION = ["num_samples=60", "num_inference_steps=5", "kid_subset_size=20", "num_judge_images=30"]
+FAST_SUITES = ["likelihood.num_images=10", "likelihood.num_steps=3", "generation.num_samples=40"]
+FAST_SUITES += ["generation.num_inference_steps=5", "generation.kid_subset_size=20", "generation.num_judge_images=30"]
 
 
 def write_things(folder: Path, per_class: int) -> None:
@@ -50,30 +51,14 @@ def arguments(verb: str, things: Path, output: Path) -> list[str]:
     """The command line of a verb that writes `output`."""
     pipeline, pixels = str(things / "pipeline"), str(things / "pixels.yaml")
     study = ["--output", str(output), "--set"]
-    generation = [f"generation.{setting}" for setting in (f'features=["{things / "features.pt"}"]', *GENERATION)]
+    evaluation = ["--suite", EVALUATE, "--features", str(things / "features.pt"), *study]
     return {
         "encode": ["encode", str(things / "cached.yaml"), f"data.latent_cache={output}", "--batch-size=8"],
         "train": ["train", str(things / "cached.yaml"), f"output_dir={output}"],
-        "evaluate": [
-            "evaluate",
-            pipeline,
-            "--data",
-            pixels,
-            "--suite",
-            EVALUATE,
-            *study,
-            *FAST_EVALUATION,
-            *generation,
-        ],
+        "evaluate": ["evaluate", pipeline, "--data", pixels, *evaluation, *FAST_EVALUATION, *FAST_SUITES],
         "probe": ["probe", pipeline, "--data", pixels, "--suite", "heatmap,pooling", *study, *FAST_PROBE],
         "sample": ["sample", pipeline, "--num-images-per-label=1", "--steps=2", "--output", str(output)],
         "export": ["export", pipeline, str(output)],
         "convert": ["convert", "--from-dit", str(things / "dit"), str(output)],
-        "benchmark": [
-            "benchmark",
-            str(things / "pixels.yaml"),
-            "--repeats=1",
-            "--output",
-            str(output / "numbers.json"),
-        ],
+        "benchmark": ["benchmark", pixels, "--repeats=1", "--output", str(output / "numbers.json")],
     }[verb]

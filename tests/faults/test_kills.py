@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_runs import evaluations, losses
 from tiny_verbs import arguments, write_things
+
+from latent_egc.training.checkpoints import read_metrics
 
 pytestmark = pytest.mark.faults
 
@@ -70,7 +71,10 @@ def outcome(verb: str, output: Path) -> dict:
     if verb.startswith("train"):
         weights = {str(path.relative_to(output)): path.read_bytes() for path in output.glob("pipeline/*/*.safetensors")}
         grids = {path.name: path.read_bytes() for path in output.glob("samples/*.png")}
-        return weights | grids | {"losses": losses(output), "evaluations": evaluations(output)}
+        rows = read_metrics(output / "metrics.jsonl")
+        for row in rows:
+            row.pop("seconds_since_last_log", None)
+        return weights | grids | {"metrics": rows}
     suites = json.loads((output / "report.json").read_text())["suites"]
     return {name: {key: suite[key] for key in ("metrics", "tables", "num_samples")} for name, suite in suites.items()}
 
