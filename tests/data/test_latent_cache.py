@@ -15,7 +15,7 @@ from tiny import tiny_kl, tiny_taesd
 from latent_egc.config import Config, ConfigError, parse_config
 from latent_egc.data import latent_cache
 from latent_egc.data.autoencoders import encode_moments, load_autoencoder
-from latent_egc.data.latent_cache import CachedViews, open_cache
+from latent_egc.data.latent_cache import CachedViews, content_digest, open_cache
 from latent_egc.data.sources import CorruptImageError, load_splits
 from latent_egc.data.stream import CACHED_VIEW, random_stream
 from latent_egc.data.views import central_view, clean_view
@@ -248,6 +248,13 @@ def test_images_that_changed_in_place_are_not_mixed_with_encoded_ones(config, tm
         Image.new("RGB", (10, 12)).save(path)
     with pytest.raises(ConfigError, match="content: the cache has"):
         encode(config)
+
+
+def test_labels_that_changed_are_another_content(config):
+    splits = load_splits(config.data, 2)
+    before = content_digest(splits)
+    splits.train.labels[2] = 1 - splits.train.labels[2]
+    assert content_digest(splits) != before
 
 
 def test_what_does_not_decide_the_latents_may_change(config):

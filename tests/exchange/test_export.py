@@ -56,7 +56,11 @@ def make_run(folder, **overrides):
     pipeline = tiny_pipeline(**overrides)
     pipeline.save_pretrained(folder / "pipeline")
     (folder / "config.yaml").write_text("model:\n  backbone: unet\nsampling:\n  num_inference_steps: 7\n")
-    rows = [{"step": 5, "loss": 1.0}, {"step": 5, "validation_denoising_loss": 0.25, "validation_accuracy": 0.875}]
+    rows = [
+        {"step": 3, "validation_denoising_loss": 0.5, "validation_accuracy": 0.625},
+        {"step": 5, "loss": 1.0},
+        {"step": 5, "validation_denoising_loss": 0.25, "validation_accuracy": 0.875},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples").mkdir()
     save_grid(torch.rand(1, 2, 8, 8, 3).numpy(), folder / "samples" / "step-00000005.png")
@@ -130,6 +134,7 @@ def test_contents_and_model_card(tmp_path):
     card = (folder / "README.md").read_text()
     for part in ("library_name: diffusers", "validation_accuracy | 0.875", "num_inference_steps=7", "backbone: unet"):
         assert part in card
+    assert "0.625" not in card  # an earlier evaluation
     assert str(tmp_path) not in card
 
 
@@ -156,8 +161,13 @@ def test_unfinished_run_exports_its_best_checkpoint(tmp_path):
         tiny_pipeline(head="map" if step == 5 else "inner").save_pretrained(checkpoint / "pipeline")
         (checkpoint / "checkpoint.json").write_text(json.dumps({"global_step": step, "score": score}))
     (run / "pipeline").rename(tmp_path / "elsewhere")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "validation_denoising_loss": 0.125, "validation_accuracy": 0.75}) + "\n")
     folder = export(run, tmp_path / "exported")
     assert EGCPipeline.from_pretrained(folder).energy_model.config.head == "map"
+    card = (folder / "README.md").read_text()
+    assert "validation_accuracy | 0.875" in card
+    assert "0.75" not in card  # measured after that checkpoint
 
 
 def test_errors_lose_nothing(tmp_path):

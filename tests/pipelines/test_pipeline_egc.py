@@ -417,3 +417,19 @@ def test_bad_calls_name_the_argument(arguments, message):
 def test_model_class_is_found_by_name():
     assert EGCPipeline._optional_components == ["vae"]
     assert issubclass(type(tiny_pipeline().energy_model), EGCUNet)
+
+
+def test_weights_at_odd_addresses_are_moved_to_even_ones():
+    """As a file is mapped: where a weight begins decides which kernel runs, and so how sums are rounded."""
+    pipeline = tiny_pipeline()
+    for module in (pipeline.energy_model, pipeline.vae):
+        for parameter in module.parameters():
+            storage = torch.empty(parameter.numel() + 32)
+            first = next(i for i in range(1, 17) if (storage.data_ptr() + 4 * i) % 64 == 4)
+            parameter.data = storage[first : first + parameter.numel()].view_as(parameter).copy_(parameter.data)
+    expected = {name: weight.clone() for name, weight in pipeline.energy_model.state_dict().items()}
+    loaded = EGCPipeline(**pipeline.components)
+    for module in (loaded.energy_model, loaded.vae):
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in module.parameters())
+    for name, weight in loaded.energy_model.state_dict().items():
+        assert torch.equal(weight, expected[name])

@@ -59,6 +59,16 @@ def test_replacing_a_folder_keeps_the_old_one_on_failure(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_a_kill_left_beside_a_folder_does_not_stop_the_next_writing(tmp_path):
+    for name in ("a", "a.tmp", "a.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+        (tmp_path / name / f"of {name}").write_text("left behind")
+    replace_folder(tmp_path / "a", lambda folder: (folder / "x").write_text("new"))
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"a", "a/x"}
+    assert (tmp_path / "a" / "x").read_text() == "new"
+
+
 def test_a_run_is_not_overwritten_without_being_told(tmp_path):
     folder = train(run_config(tmp_path / "run", max_steps=1))
     before = (folder / "metrics.jsonl").read_text()
@@ -86,6 +96,10 @@ def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.block_out_channels was \[8, 16\]"):
         train(parse_config(values))
     AcceleratorState._reset_state(reset_partial_state=True)
+    values = run_values(folder, max_steps=2, resume="auto") | {"autoencoder": {"sample_posterior": False}}
+    with pytest.raises(ConfigError, match=r"autoencoder\.sample_posterior was True"):
+        train(parse_config(values))
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.warns(UserWarning, match=r"training\.seed=5, it was 0"):
         train(run_config(folder, max_steps=1, resume="auto", seed=5))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -96,7 +110,7 @@ def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
-    for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
+    for step, score in ((1, 0.9), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
         scored_checkpoint(tmp_path, step, score)
     prune_checkpoints(tmp_path, keep=2)
     assert [read_record(folder).global_step for folder in checkpoint_folders(tmp_path)] == [2, 4, 5]
