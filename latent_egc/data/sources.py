@@ -25,13 +25,19 @@ class CorruptImageError(ValueError):
 
 
 def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
-    """An image file as RGB, its EXIF orientation applied. Raises CorruptImageError, which begins with `name`."""
+    """An image file as RGB, its EXIF orientation applied. Raises CorruptImageError, which begins with `name`.
+
+    Above Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` doubled (179 million), an image counts as corrupt.
+    """
     try:
+        if not isinstance(source, io.BytesIO) and Path(source).exists() and not Path(source).is_file():
+            raise OSError("it is not a regular file")  # reading a FIFO would wait for ever
         with Image.open(source) as image:
+            image.load()
             return load_rgb(image)
-    # Pillow's plugins report broken files by any of these.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImageError(f"corrupt image: {name}: {error}") from error
+    # Bytes of strangers: each of Pillow's plugins, and the libraries below them, have their own errors for broken ones.
+    except Exception as error:
+        raise CorruptImageError(f"corrupt image: {name}: {error or type(error).__name__}") from error
 
 
 @dataclass
@@ -61,6 +67,14 @@ class ImageTable:
         if stored["path"]:
             name += f" ({stored['path']})"
         return read_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), name)
+
+    def is_readable(self, index: int) -> bool:
+        """Whether the image of row `index` can be decoded."""
+        try:
+            self.image(index)
+        except CorruptImageError:
+            return False
+        return True
 
 
 @dataclass

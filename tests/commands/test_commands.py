@@ -1,6 +1,7 @@
 """The command line, run in this process on a tiny pipeline."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -210,13 +211,39 @@ def test_classify_prints_nothing_but_json(pipeline, images, capsys):
 def test_classify_errors(pipeline, images, tmp_path, capsys):
     fails(capsys, ["classify", pipeline, images / "c.png"], "no such file or folder", images / "c.png")
     (tmp_path / "empty").mkdir()
-    fails(capsys, ["classify", pipeline, tmp_path / "empty"], "no image in the folder", tmp_path / "empty")
-    fails(capsys, ["classify", pipeline, images / "notes.txt"], "corrupt image", images / "notes.txt")
-    (images / "a.png").write_bytes((images / "a.png").read_bytes()[:60])
-    fails(capsys, ["classify", pipeline, images, "--json"], "corrupt image", images / "a.png")
+    fails(capsys, ["classify", pipeline, tmp_path / "empty"], "no image in", tmp_path / "empty")
     fails(capsys, ["classify", pipeline, images / "more", "--top-k", "4"], "top_k must be in [1, 3], got 4")
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     fails(capsys, ["classify", tmp_path / "unlabelled", images / "more"], "without classes")
+
+
+@pytest.mark.parametrize("batch_size", ["1", "64"])
+def test_an_image_that_cannot_be_read_is_a_row_with_its_error_and_not_the_end(pipeline, images, batch_size, capsys):
+    """Whatever its damage; the others' numbers are as without it, and the exit status is 1."""
+    assert main(["classify", pipeline, str(images), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    (images / "b.png").write_bytes((images / "a.png").read_bytes()[:60])
+    arguments = ["classify", pipeline, str(images), str(images / "notes.txt"), "--batch-size", batch_size]
+    assert main([*arguments, "--json"]) == 1
+    first, bad, second, text = json.loads(capsys.readouterr().out)
+    for row, expected in zip((first, second), whole, strict=True):
+        assert row["labels"] == expected["labels"]
+        np.testing.assert_allclose(row["energy"], expected["energy"], rtol=1e-5)
+    for row, file in ((bad, images / "b.png"), (text, images / "notes.txt")):
+        assert row.keys() == {"file", "error"}
+        assert row["file"] == str(file)
+        assert f"corrupt image: {file}: " in row["error"]
+    assert main(arguments) == 1
+    assert f"  corrupt image: {images / 'b.png'}: " in capsys.readouterr().out
+
+
+def test_classify_skips_what_is_no_regular_file_and_says_so(pipeline, images, capsys):
+    """Reading a FIFO would wait for ever."""
+    os.mkfifo(images / "pipe.png")
+    assert main(["classify", pipeline, str(images), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 2
+    assert f"skipped, it is not a regular file: {images / 'pipe.png'}" in captured.err
 
 
 # --- info -----------------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     judge = None if settings.judge is None else _load_judge(context, settings.judge)
     train = context.splits.train
     reference = context.choose(np.arange(len(train)), settings.num_reference_images)
+    reference = context.readable(train, reference, context.data.skip_corrupt)
 
     labels = _requested_labels(context, settings)
     samples = sample_images(context, settings, labels)
@@ -230,6 +231,7 @@ def _agreement(
     else:
         train = context.splits.train
         rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
+        rows = context.readable(train, rows, context.data.skip_corrupt)
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
         classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
         predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))

@@ -49,6 +49,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     data = replace(load_data_config(settings.data), image_size=context.pipeline.image_size)
     table = load_splits(data, None).validation  # its labels play no part
     rows = context.choose(np.arange(len(table)), settings.num_images)
+    rows = context.readable(table, rows, data.skip_corrupt)
     other = context.encode(table, rows, "encode, out of distribution")
 
     own_scores = _scores(context, settings, context.latents, context.rows)
