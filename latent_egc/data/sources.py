@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from latent_egc.config import ConfigError, DataConfig
+from latent_egc.data.image_folders import folder_splits
 from latent_egc.pipelines.images import load_rgb
 
 IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
@@ -141,14 +142,16 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
     builders = ("imagefolder", "parquet", "arrow", "webdataset")
     if config.dataset in builders and config.data_dir is None and config.data_files is None:
         raise ConfigError(f"data.dataset={config.dataset!r} needs data.data_dir or data.data_files")
-    splits = []
+    files, splits = config.data_files, []
+    if files is None and config.dataset == "imagefolder":
+        files = folder_splits(Path(config.data_dir), config.validation_split)
     for key, split in (("train_split", config.train_split), ("validation_split", config.validation_split)):
         if split is None:
             splits.append(None)
             continue
         try:
             rows = datasets.load_dataset(
-                config.dataset, config.subset, data_dir=config.data_dir, data_files=config.data_files, split=split
+                config.dataset, config.subset, data_dir=config.data_dir, data_files=files, split=split
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(
