@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from command_line import fails
 from PIL import Image
@@ -122,6 +124,21 @@ def test_the_package_is_a_command(launcher, pipeline):
     assert "3: cat, dog, cow" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+@pytest.mark.parametrize("verb", ["sample", "classify"])
+def test_a_device_that_is_not_there_is_named(pipeline, images, verb, capsys):
+    arguments = [verb, pipeline, *([images] if verb == "classify" else []), "--device"]
+    fails(capsys, [*arguments, "cuda"], "--device cuda cannot be used here")
+    fails(capsys, [*arguments, "gpu"], "--device gpu cannot be used here")
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "energy_model/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": ', "null", ""])
+def test_a_pipeline_with_a_broken_file_is_named(pipeline, file, content, capsys):
+    (Path(pipeline) / file).write_text(content)
+    fails(capsys, ["info", pipeline], "the pipeline", pipeline, "cannot be loaded")
+
+
 # --- sample ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,10 +191,12 @@ def test_sample_errors(pipeline, tmp_path, capsys):
     fails(capsys, ["sample", tmp_path / "empty"], "holds no pipeline (model_index.json)")
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     fails(capsys, ["sample", tmp_path / "unlabelled", "--classes", "cat"], "trained without classes")
-    for flags in (["--num-images-per-label", "0"], ["--classes", "cat", "--unlabelled"]):
+    wrong = [["--seed", "-1"], ["--seed", str(2**63)], ["--num-images-per-label", str(10**20)]]
+    for flags in (["--num-images-per-label", "0"], ["--classes", "cat", "--unlabelled"], *wrong):
         with pytest.raises(SystemExit) as end:
             main(["sample", pipeline, *flags])
         assert end.value.code == 2
+        assert flags[0] in capsys.readouterr().err
 
 
 # --- classify -------------------------------------------------------------------------------------------------------

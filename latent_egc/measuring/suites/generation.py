@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from latent_egc.config import ConfigError, within
+from latent_egc.config import ConfigError, file_path, within
 from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import plots
@@ -37,8 +37,10 @@ from latent_egc.measuring.results import Figure, Metric, SuiteResult
 class Settings:
     """Samples against the training split."""
 
-    features: tuple[str, ...] = ()  # TorchScript files, DINOv2 of transformers (Hub id or folder), or inception
-    judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
+    # DINOv2 of transformers (Hub id or folder), inception, or TorchScript files: programs, which can write files.
+    features: tuple[str, ...] = file_path(())
+    # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
+    judge: str | None = file_path()
     num_samples: int = within(1000, 5)
     num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
     num_judge_images: int = within(1000, 10)  # training images for the linear judge

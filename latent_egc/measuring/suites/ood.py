@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm.auto import tqdm
 
-from latent_egc.config import ConfigError, load_data_config, within
+from latent_egc.config import ConfigError, file_path, load_data_config, within
 from latent_egc.data.sources import load_splits
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
@@ -21,7 +21,7 @@ from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 class Settings:
     """Detection of images from a second dataset."""
 
-    data: str | None = None  # YAML file whose data section describes it; its validation split is taken
+    data: str | None = file_path()  # YAML file whose data section describes it; its validation split is taken
     num_images: int | None = within(None, 1)  # of it, drawn by the seed; null: all
     timesteps: tuple[int, ...] = within((10, 50, 100, 200, 400), 0)  # noise levels at which the energy is read too
 
