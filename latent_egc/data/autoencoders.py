@@ -27,7 +27,7 @@ def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cp
         raise ConfigError(f"autoencoder.subfolder={config.subfolder!r}: no such folder in {path}")
     try:
         vae = AutoModel.from_pretrained(str(path) if path.is_dir() else config.path, subfolder=config.subfolder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
         raise ConfigError(f"autoencoder.path={config.path!r} cannot be loaded: {error}") from error
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ConfigError(f"autoencoder.path={config.path!r} is a {type(vae).__name__}, not an autoencoder")
