@@ -15,7 +15,7 @@ LAYERS = [
     {"models"},
     {"methods"},
     {"pipelines"},
-    {"objective", "config", "atomic"},
+    {"objective", "strict_yaml", "config", "atomic"},
     {"data"},
     {"training"},
     {"exchange"},

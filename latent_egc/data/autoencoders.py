@@ -35,9 +35,9 @@ def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cp
             raise ConfigError(f"autoencoder.path={config.path!r} is a {class_name}, not an autoencoder")
         vae, report = kind.from_pretrained(source, subfolder=config.subfolder, output_loading_info=True)
         check_loaded(vae, report)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
         raise ConfigError(f"autoencoder.path={config.path!r} cannot be loaded: {error}") from error
     for needed in (("latent_channels", "z_dim"), ("scaling_factor", "latents_std")):
         if all(vae.config.get(field) is None for field in needed):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -90,9 +91,12 @@ class StudyContext:
         self.labels = self.splits.validation.labels[self.rows]
 
     def rows_of(self, table: ImageTable, count: int | None) -> np.ndarray:
-        """`count` of a split's rows, of the labelled ones where there are classes. Raises ConfigError: too few."""
+        """`count` of a split's rows, of the labelled ones where there are classes, less corrupt ones if they may be.
+
+        Raises ConfigError: too few.
+        """
         rows = np.flatnonzero(table.labels >= 0) if self.class_names else np.arange(len(table))
-        rows = self.choose(rows, count)
+        rows = self.readable(table, self.choose(rows, count), self.data.skip_corrupt)
         if len(rows) < self.fewest_images:
             raise ConfigError(
                 f"{len(rows)} labelled images of the {table.name} split, at least {self.fewest_images} are needed"
@@ -127,6 +131,26 @@ class StudyContext:
         if count is None or count >= len(rows):
             return rows
         return np.sort(np.random.default_rng(self.settings.seed).choice(rows, count, replace=False))
+
+    def readable(self, table: ImageTable, rows: np.ndarray, skip_corrupt: bool) -> np.ndarray:
+        """The rows of a split, less those of corrupt images where `skip_corrupt`, with a warning that counts them.
+
+        They are all decoded for it, as every suite must see the same rows; for every process to call.
+        """
+        if not skip_corrupt or len(rows) == 0:
+            return rows
+
+        def whole(positions: range) -> torch.Tensor:
+            return torch.tensor([table.is_readable(int(rows[position])) for position in positions])
+
+        kept = rows[self.over(len(rows), whole, "look for corrupt images").numpy()]
+        if len(kept) < len(rows):
+            skipped = sorted({*rows.tolist()}.difference(kept.tolist()))
+            warnings.warn(
+                f"skipped {len(skipped)} corrupt images of the {table.name} split, the first is row {skipped[0]}",
+                stacklevel=2,
+            )
+        return kept
 
     def pixel_values(self, table: ImageTable, rows: Sequence[int]) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] on the device: the centre crops of some rows of a split."""

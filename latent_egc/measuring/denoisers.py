@@ -201,7 +201,7 @@ def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
             network, names = pipeline.energy_model, [name for _, name in sorted(pipeline.id2label.items())]
             return Denoiser(network, pipeline.vae, network.alphas_cumprod, names, place)
         pipeline = DiffusionPipeline.from_pretrained(place).to(device)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{source} cannot be loaded: {error}") from error

@@ -3,6 +3,8 @@
 An extractor is a TorchScript file (images (N, 3, H, W) in [0, 1] to (N, D)), a DINOv2 of transformers by its Hub id or
 folder, or `inception`: the published FID's Inception-v3. A number on other features than these is no FID, so the
 extractor's name stands in the metric's.
+
+A TorchScript file is a program: run, it can write files. A transformers model is weights, read without running code.
 """
 
 from collections.abc import Callable

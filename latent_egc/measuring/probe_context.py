@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,11 @@ class ProbeContext(StudyContext):
         """The linear probe's score, remembered on disk: a killed heat map goes on behind its last cell."""
         values = json.dumps([dataclasses.asdict(self.settings.linear), self.settings.seed])
         path = self.cache.folder / f"scores_{hashlib.sha256(values.encode()).hexdigest()[:8]}.json"
-        scores = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            scores = dict(json.loads(path.read_text())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            warnings.warn(f"{path} is damaged, its scores are computed anew: {error}", stacklevel=2)
+            scores = {}
         if str(place) not in scores:
             scores[str(place)] = dataclasses.asdict(self.probe(place)[0])
             replace_text(path, json.dumps(scores, indent=1))

@@ -15,7 +15,15 @@ import torch
 import yaml
 from diffusers import ModelMixin
 
-from latent_egc.config import Config, ConfigError, DataConfig, TrainingConfig, check_folder, parse_fields
+from latent_egc.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    TrainingConfig,
+    check_folder,
+    expanded,
+    parse_fields,
+)
 from latent_egc.data.autoencoders import latent_shape, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import load_splits
@@ -41,6 +49,7 @@ def resolve_model(section: Mapping[str, Any]) -> dict[str, Any]:
     fields = {p.name: (p.annotation, None) for p in parameters} | {"init_from": (str | None, None)}
     given = parse_fields(fields, {key: value for key, value in section.items() if key != "backbone"}, "model")
     resolved = {"backbone": backbone, "init_from": None} | {p.name: p.default for p in parameters} | given
+    resolved["init_from"] = expanded(resolved["init_from"], "model.init_from")
     check_folder(resolved["init_from"], "model.init_from")
     return resolved
 

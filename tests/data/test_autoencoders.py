@@ -194,3 +194,13 @@ def test_no_scaling_factor_is_written_in_the_sources():
     sources = [*(ROOT / "latent_egc").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
     assert sources
     assert not [path for path in sources if "0.18215" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "null", '{"a": ', '{"_class_name": "AutoencoderKL", "block_out_channels": "x"}']
+)
+def test_an_autoencoder_with_a_broken_file_is_named(tmp_path, content):
+    tiny_kl().save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"autoencoder\.path='.*vae' cannot be loaded"):
+        load_autoencoder(AutoencoderConfig(path=str(tmp_path / "vae")))

@@ -144,3 +144,11 @@ def test_a_report_is_of_one_denoiser(tmp_path):
     }
     assert len(prints) == 2
     assert Report(tmp_path, {"fingerprint": prints.pop()}).content["suites"] == {}
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", ""])
+def test_a_pipeline_with_a_broken_index_is_named(tmp_path, content):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "model_index.json").write_text(content)
+    with pytest.raises(ConfigError, match="pipeline cannot be loaded"):
+        load_denoiser(str(tmp_path / "pipeline"))

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from latent_egc.config import ConfigError, within
+from latent_egc.config import ConfigError, file_path, within
 from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import feature_extractors, plots
@@ -29,8 +29,10 @@ from latent_egc.measuring.results import Figure, Metric, SuiteResult
 class Settings:
     """Samples against the training split."""
 
-    features: tuple[str, ...] = ()  # TorchScript files, DINOv2 of transformers (Hub id or folder), or inception
-    judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
+    # DINOv2 of transformers (Hub id or folder), inception, or TorchScript files: programs, which can write files.
+    features: tuple[str, ...] = file_path(())
+    # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
+    judge: str | None = file_path()
     num_samples: int = within(1000, 5)
     num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
     num_judge_images: int = within(1000, 10)  # training images for the linear judge
@@ -59,6 +61,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     judge = None if settings.judge is None else _load_judge(context, settings.judge)
     train = context.splits.train
     reference = context.choose(np.arange(len(train)), settings.num_reference_images)
+    reference = context.readable(train, reference, context.data.skip_corrupt)
 
     # The class of each sample, equally many of every class.
     labels = None if context.num_classes is None else np.arange(settings.num_samples) % context.num_classes
@@ -202,6 +205,7 @@ def _agreement(
     else:
         train = context.splits.train
         rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
+        rows = context.readable(train, rows, context.data.skip_corrupt)
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
         classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
         predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm.auto import tqdm
 
-from latent_egc.config import ConfigError, load_data_config, within
+from latent_egc.config import ConfigError, file_path, load_data_config, within
 from latent_egc.data.sources import load_splits
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
@@ -21,7 +21,7 @@ from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 class Settings:
     """Detection of images from a second dataset."""
 
-    data: str | None = None  # YAML file whose data section describes it; its validation split is taken
+    data: str | None = file_path()  # YAML file whose data section describes it; its validation split is taken
     num_images: int | None = within(None, 1)  # of it, drawn by the seed; null: all
     timesteps: tuple[int, ...] = within((10, 50, 100, 200, 400), 0)  # noise levels at which the energy is read too
 
@@ -49,6 +49,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     data = replace(load_data_config(settings.data), image_size=context.pipeline.image_size)
     table = load_splits(data, None).validation  # its labels play no part
     rows = context.choose(np.arange(len(table)), settings.num_images)
+    rows = context.readable(table, rows, data.skip_corrupt)
     other = context.encode(table, rows, "encode, out of distribution")
 
     own_scores = _scores(context, settings, context.latents, context.rows)

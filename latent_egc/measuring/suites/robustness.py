@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from latent_egc.config import ConfigError, within
+from latent_egc.config import ConfigError, file_path, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.attacks import Attack, Attacker, DenoisedClassifier, PixelClassifier, Threat
 from latent_egc.measuring.context import EvaluationContext
@@ -34,7 +34,7 @@ class Settings:
     l2_eps: tuple[float, ...] = within((0.25, 0.5, 1.0), 1e-3)
     pgd_steps: int = within(20, 1)
     pgd_restarts: int = within(2, 1)  # random starts, each on the images that still stand
-    plain: str | None = None  # pipeline or run of a plainly trained classifier, attacked alike for comparison
+    plain: str | None = file_path()  # pipeline or run of a plainly trained classifier, attacked alike for comparison
     num_autoattack_images: int = within(100, 0)  # 0: no AutoAttack
     autoattack_linf_eps_255: float = within(4.0, 1e-3, 255.0)
     autoattack_l2_eps: float = within(0.5, 1e-3)
