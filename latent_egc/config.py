@@ -94,14 +94,14 @@ class TrainingConfig:
 
     max_steps: int = within(1000, 1)
     train_batch_size: int = within(64, 1)  # per device and micro-batch
-    gradient_accumulation_steps: int = within(1, 1)
+    gradient_accumulation_steps: int | None = within(None, 1)  # null: what the launcher says, else 1
     learning_rate: float = within(1e-4, 0.0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = within(0, 0)
     adam_betas: tuple[float, float] = within((0.9, 0.999), 0.0, 1.0)
     weight_decay: float = within(0.0, 0.0)
     max_grad_norm: float | None = within(1.0, 0.0)  # null: no clipping
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] | None = None  # null: what the launcher says, else "no"
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
     shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
@@ -116,7 +116,7 @@ class TrainingConfig:
     num_validation_images: int | None = within(None, 1)  # null: the whole validation split
     trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's trackers
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest checkpoint in output_dir, if there is one
-    overwrite: bool = False  # delete a run that output_dir already holds
+    overwrite: bool = False  # delete the run that output_dir already holds; an error where other files lie there
 
     @property
     def checks_gradients(self) -> bool:
@@ -164,7 +164,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of
             range, or an override that is not KEY=VALUE.
     """
-    return parse_config(_read_sections(path, overrides))
+    return parse_config(read_sections(path, overrides))
 
 
 def load_data_config(path: str | Path) -> DataConfig:
@@ -173,7 +173,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     Raises:
         ConfigError: as `load_config`, or a file without a `data` section.
     """
-    values = _read_sections(path)
+    values = read_sections(path)
     if "data" not in values:
         raise ConfigError(f"{path} has no data section, only {', '.join(map(str, values)) or 'nothing'}")
     config = parse_dataclass(DataConfig, values["data"], "data")
@@ -181,7 +181,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     return config
 
 
-def _read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file's sections as plain values, with overrides applied. Raises ConfigError as `load_config` does."""
     path = Path(path)
     if not path.is_file():
@@ -229,6 +229,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     config = parse_dataclass(Config, _with_new_names(values), "")
     check_folder(config.autoencoder.path, "autoencoder.path")
     _check_data(config.data)
+    _check_output(config)
     if config.training.compile and config.training.activation_checkpointing:
         raise ConfigError(
             "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "
@@ -254,6 +255,16 @@ def check_folder(path: str | None, key: str) -> None:
     """Raises ConfigError, naming `key`, where `path` is written as a folder's and nothing is there."""
     if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
         raise ConfigError(f"{key}: no such folder: {path}")
+
+
+def _check_output(config: Config) -> None:
+    """Refuses to write the run around a folder that it reads."""
+    output = Path(config.output_dir).expanduser().resolve()
+    read = {"data.latent_cache": config.data.latent_cache, "data.data_dir": config.data.data_dir}
+    read |= {"autoencoder.path": config.autoencoder.path, "model.init_from": config.model.get("init_from")}
+    for key, name in read.items():
+        if isinstance(name, str) and Path(name).expanduser().resolve().is_relative_to(output):
+            raise ConfigError(f"output_dir={config.output_dir} must not contain what the run reads, {key}={name}")
 
 
 def _check_data(config: DataConfig) -> None:

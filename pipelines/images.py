@@ -1,10 +1,9 @@
-"""Images to pixel values, and the autoencoder's own scaling of its latents."""
+"""Images to pixel values."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import load_image
 
@@ -106,18 +105,3 @@ def _preprocess_one(image: Any, size: int) -> torch.Tensor:
         top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
         batch = batch[..., top : top + size, left : left + size]
     return 2 * batch - 1
-
-
-def scale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's latents -> about unit variance, by its own scaling and shift factor."""
-    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
-
-
-def unscale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse of `scale_latents`."""
-    return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-
-
-def vae_scale_factor(vae: ModelMixin | None) -> int:
-    """Pixels per latent, in height and width; 1 in pixel space."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)

@@ -86,7 +86,7 @@ def make_workload(config: Config, device: torch.device) -> Workload:
         noisy_latents=add_noise(latents, noise, model.noise_levels(timesteps)),
         timesteps=timesteps,
         class_labels=torch.randint(model.config.num_classes, (batch_size,), device=device),
-        mixed_precision=config.training.mixed_precision,
+        mixed_precision=config.training.mixed_precision or "no",
     )
 
 

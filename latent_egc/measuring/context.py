@@ -58,10 +58,10 @@ class StudyContext:
         image_size: its images' height and width; that of `data` gives way to it.
         data: the dataset. The validation split is judged.
         num_classes: as `load_splits` takes it.
-        settings: of the study.
-        accelerator: the processes.
+        settings, accelerator: of the study, and the processes.
 
     Attributes:
+        class_names: the dataset's, in the order of their ids; empty where labels play no part.
         rows, labels: (M,), the judged rows of the validation split, and their labels.
         parts: where the running suite keeps the parts of its long steps until it is finished; None: nowhere.
 
@@ -86,6 +86,7 @@ class StudyContext:
         self.parts: Path | None = None
         self.data = dataclasses.replace(data, image_size=image_size)
         self.splits = load_splits(self.data, num_classes)
+        self.class_names = self.splits.class_names
         self.rows = self.rows_of(self.splits.validation, settings.num_images)
         self.labels = self.splits.validation.labels[self.rows]
 
@@ -101,11 +102,6 @@ class StudyContext:
                 f"{len(rows)} labelled images of the {table.name} split, at least {self.fewest_images} are needed"
             )
         return rows
-
-    @property
-    def class_names(self) -> list[str]:
-        """The dataset's, in the order of their ids; empty where labels play no part."""
-        return self.splits.class_names
 
     @property
     def fingerprint(self) -> str:
@@ -213,16 +209,12 @@ class StudyContext:
         return torch.cat(results)
 
     def with_interval(
-        self,
-        statistic: Callable[..., float],
-        *samples: np.ndarray | torch.Tensor,
-        percent: bool = False,
-        strata: np.ndarray | None = None,
+        self, statistic: Callable[..., float], *samples: np.ndarray | torch.Tensor, **options: Any
     ) -> Metric:
-        """`bootstrapped` with this study's settings."""
+        """`bootstrapped` with this study's settings; options are its `percent` and `strata`."""
         arrays = [sample.numpy() if torch.is_tensor(sample) else sample for sample in samples]
         num_resamples, seed = self.settings.num_resamples, self.settings.seed
-        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, percent=percent, strata=strata)
+        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, **options)
 
     def accuracy(self, correct: np.ndarray) -> Metric:
         """The mean of (M,) shares, zeros and ones for example, with its interval, as a percentage."""
@@ -235,8 +227,10 @@ class EvaluationContext(StudyContext):
     Args:
         pipeline: on the accelerator's device.
         data: the dataset; its `image_size` gives way to the pipeline's. The validation split is evaluated.
-        settings: of the evaluation.
-        accelerator: the processes that share the work.
+        settings, accelerator: as for `StudyContext`.
+
+    Attributes:
+        num_classes: K, None for an unlabelled model.
 
     Raises:
         ConfigError: the dataset cannot be used with this pipeline.
@@ -246,6 +240,7 @@ class EvaluationContext(StudyContext):
         self, pipeline: EGCPipeline, data: DataConfig, settings: StudySettings, accelerator: Accelerator
     ) -> None:
         self.pipeline, self.model = pipeline, pipeline.energy_model
+        self.num_classes: int | None = self.model.config.num_classes
         super().__init__(self.model, pipeline.image_size, data, self.num_classes, settings, accelerator)
         expected = [name for _, name in sorted(pipeline.id2label.items())]
         if self.class_names != expected:
@@ -257,17 +252,11 @@ class EvaluationContext(StudyContext):
             )
 
     @property
-    def num_classes(self) -> int | None:
-        """K, None for an unlabelled model."""
-        return self.model.config.num_classes
-
-    @property
     def fingerprint(self) -> str:
-        """See `StudyContext.fingerprint`."""
         return f"{fingerprint(self.model)} with {fingerprint(self.pipeline.vae)}"
 
     def identity(self) -> dict[str, Any]:
-        """See `StudyContext.identity`; before this entry stood in reports, noise was drawn by an image's position."""
+        # Before this entry stood in reports, noise was drawn by an image's position.
         return super().identity() | {"noise": "by seed and row"}
 
     def require_classes(self, suite: str) -> None:

@@ -5,15 +5,17 @@ The constructor of a backbone is the one list of the keys that `model` may have.
 
 import dataclasses
 import inspect
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from diffusers import ModelMixin
 
-from latent_egc.config import Config, ConfigError, DataConfig, check_folder, expanded, parse_fields
+from latent_egc.config import Config, ConfigError, DataConfig, TrainingConfig, check_folder, expanded, parse_fields
 from latent_egc.data.autoencoders import latent_shape, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import load_splits
@@ -44,9 +46,33 @@ def resolve_model(section: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def resolve_training(section: TrainingConfig) -> TrainingConfig:
+    """The section with the launcher's precision and accumulation where it has null, which is where Accelerate's
+    launchers leave them: in the environment.
+
+    Raises:
+        ConfigError: the launcher contradicts the section, or wants what training cannot do.
+    """
+    resolved = {}
+    for key, variable, kind, bounds, default in (
+        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", Literal["no", "bf16"], None, "no"),
+        ("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int, (1, math.inf), "1"),
+    ):
+        given = {variable: yaml.safe_load(os.environ.get(variable, default))}
+        launchers, ours = parse_fields({variable: (kind, bounds)}, given, "")[variable], getattr(section, key)
+        # "no" is also what `accelerate launch` says where nobody chose.
+        if ours is not None and variable in os.environ and launchers not in (ours, "no"):
+            raise ConfigError(
+                f"training.{key}={ours} contradicts the launcher's {variable}={launchers}; set it in one place, "
+                f"training.{key}=null takes the launcher's"
+            )
+        resolved[key] = launchers if ours is None else ours
+    return dataclasses.replace(section, **resolved)
+
+
 def resolve(config: Config) -> Config:
-    """The configuration with its `model` resolved: what config.yaml holds. Raises ConfigError as `resolve_model`."""
-    return dataclasses.replace(config, model=resolve_model(config.model))
+    """What config.yaml holds: the configuration with `resolve_model` and `resolve_training`. Raises ConfigError."""
+    return dataclasses.replace(config, model=resolve_model(config.model), training=resolve_training(config.training))
 
 
 def build_network(model: Mapping[str, Any]) -> EnergyModel:

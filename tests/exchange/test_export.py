@@ -16,8 +16,9 @@ import latent_egc.methods
 from latent_egc import EGCPipeline, EGCUNet
 from latent_egc.config import ConfigError
 from latent_egc.exchange import export as export_module
-from latent_egc.exchange.export import bundle, export
+from latent_egc.exchange.export import export
 from latent_egc.pipelines import pipeline_egc
+from latent_egc.pipelines.code_files import bundle
 from latent_egc.training.figures import save_grid
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -176,7 +177,7 @@ def test_methods_are_bundled_with_the_pipeline_each_once_before_what_needs_them(
     """A made-up method between two modules of this package; the bundle runs where latent_egc cannot be imported."""
     (tmp_path / "made_up_method.py").write_text(
         "from latent_egc.models.noise_schedule import add_noise\n"
-        "from latent_egc.pipelines.images import vae_scale_factor\n\n\n"
+        "from latent_egc.pipelines.latents import vae_scale_factor\n\n\n"
         "def noised(latents):\n"
         "    levels = vae_scale_factor(None) * latents.new_ones(1), latents.new_zeros(1)\n"
         "    return add_noise(latents, 0 * latents, levels)\n"

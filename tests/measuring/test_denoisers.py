@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline
-from tiny import TINY_BACKBONES, tiny_kl, tiny_unet
+from tiny import TINY_BACKBONES, tiny_kl, tiny_pipeline, tiny_unet
 from tiny_studies import tiny_dit, tiny_unet2d
 
 from latent_egc.config import ConfigError

@@ -55,17 +55,13 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     own_scores = _scores(context, settings, context.latents, context.rows)
     other_scores = _scores(context, settings, other, rows)
     is_ood = np.concatenate([np.zeros(len(context.latents)), np.ones(len(other))])
-    found = {
-        name: {
-            title: context.with_interval(
-                statistic, is_ood, np.concatenate([own, other_scores[name]]), percent=True, strata=is_ood
-            )
+    found: dict[str, dict[str, Metric]] = {}
+    for name in tqdm(own_scores, desc="resample", leave=False, disable=not context.accelerator.is_main_process):
+        scores = np.concatenate([own_scores[name], other_scores[name]])
+        found[name] = {
+            title: context.with_interval(statistic, is_ood, scores, percent=True, strata=is_ood)
             for title, statistic in STATISTICS.items()
         }
-        for name, own in tqdm(
-            own_scores.items(), desc="resample", leave=False, disable=not context.accelerator.is_main_process
-        )
-    }
     return SuiteResult(
         num_samples=len(is_ood),
         metrics={f"{title}, {name}": metric for name, row in found.items() for title, metric in row.items()},
@@ -97,21 +93,13 @@ def _scores(
 
 
 def _figures(
-    settings: Settings,
-    own: dict[str, np.ndarray],
-    other: dict[str, np.ndarray],
-    found: dict[str, dict[str, Metric]],
+    settings: Settings, own: dict[str, np.ndarray], other: dict[str, np.ndarray], found: dict[str, dict[str, Metric]]
 ) -> list[Figure]:
     figures = []
     for i, name in enumerate(list(own)[:2]):
         picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, f"score by {name}")
-        figures.append(
-            Figure(
-                f"scores_{i}",
-                f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1).",
-                picture,
-            )
-        )
+        caption = f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1)."
+        figures.append(Figure(f"scores_{i}", caption, picture))
     timesteps = settings.timesteps
     if len(timesteps) > 1:
         aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]
