@@ -164,7 +164,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of
             range, or an override that is not KEY=VALUE.
     """
-    return parse_config(_read_sections(path, overrides))
+    return parse_config(read_sections(path, overrides))
 
 
 def load_data_config(path: str | Path) -> DataConfig:
@@ -173,7 +173,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     Raises:
         ConfigError: as `load_config`, or a file without a `data` section.
     """
-    values = _read_sections(path)
+    values = read_sections(path)
     if "data" not in values:
         raise ConfigError(f"{path} has no data section, only {', '.join(map(str, values)) or 'nothing'}")
     config = parse_dataclass(DataConfig, values["data"], "data")
@@ -181,7 +181,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     return config
 
 
-def _read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file's sections as plain values, with overrides applied. Raises ConfigError as `load_config` does."""
     path = Path(path)
     if not path.is_file():

@@ -8,10 +8,10 @@ the installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_c
 import shutil
 from pathlib import Path
 
-import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from latent_egc.atomic import check_unoccupied, replace_folder
+from latent_egc.config import read_sections
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
@@ -78,7 +78,7 @@ def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
     """Writes README.md: what the model is, how to use it, what was measured, the run's configuration, its samples."""
     config_file, metrics_file = run / "config.yaml", run / "metrics.jsonl"
     config_text = config_file.read_text() if config_file.is_file() else ""
-    config = yaml.safe_load(config_text) or {}
+    config = read_sections(config_file) if config_text else {}
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
     if (source.parent / "checkpoint.json").is_file():  # an unfinished run: only what was known at its checkpoint
         step = read_record(source.parent).global_step

@@ -15,15 +15,7 @@ import torch
 import yaml
 from diffusers import ModelMixin
 
-from latent_egc.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    TrainingConfig,
-    check_folder,
-    expanded,
-    parse_fields,
-)
+from latent_egc.config import Config, ConfigError, DataConfig, TrainingConfig, check_folder, expanded, parse_fields
 from latent_egc.data.autoencoders import latent_shape, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import load_splits

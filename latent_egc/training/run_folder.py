@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from latent_egc.atomic import finish_replacing, remove, replace_file
-from latent_egc.config import Config, ConfigError
+from latent_egc.config import Config, ConfigError, expanded, read_sections
 from latent_egc.data.autoencoders import fingerprint, load_autoencoder
 from latent_egc.training.checkpoints import checkpoint_folders
 
@@ -119,9 +118,11 @@ def _lock(run: Path) -> IO[str]:
 def _compare(run: Path, now: dict[str, Any]) -> None:
     """Refuses another model or autoencoder than the run to resume has; warns of another kind of run."""
     try:
-        before = yaml.safe_load((run / "config.yaml").read_text())
+        before = read_sections(run / "config.yaml")
         sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        # Runs from before recorded it as it was given.
+        sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")
+    except (ValueError, TypeError, KeyError) as error:  # a ConfigError is a ValueError
         warnings.warn(f"{run / 'config.yaml'} is damaged, it is written anew and not compared: {error}", stacklevel=4)
         return
     for section, values in sections.items():

@@ -7,7 +7,8 @@ from tiny import tiny_kl
 from tiny_runs import finish, losses, run_config, run_values, start, wait_for_step
 
 from latent_egc.atomic import finish_replacing, remove, replace_folder
-from latent_egc.config import ConfigError, parse_config
+from latent_egc.config import AutoencoderConfig, ConfigError, parse_config
+from latent_egc.data.autoencoders import load_autoencoder
 from latent_egc.training.loop import train
 
 
@@ -152,3 +153,19 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path):
     assert "ACCELERATE_USE_CPU=true" in text
     assert not (tmp_path / "run").exists()
     assert "resumed" not in finish(start(run_values(tmp_path / "run", max_steps=1), environment={"WORLD_SIZE": "1"}))
+
+
+@pytest.mark.filterwarnings("error:resuming with")
+def test_a_run_that_recorded_its_autoencoder_below_home_goes_on(tmp_path, monkeypatch):
+    """As it was given, where now the whole path is recorded."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = run_values(tmp_path / "run", max_steps=1) | {"autoencoder": {"path": "~/vae"}}
+    load_autoencoder(AutoencoderConfig()).save_pretrained(tmp_path / "vae")
+    train(parse_config(values))
+    file = tmp_path / "run" / "config.yaml"
+    assert f"path: {tmp_path}/vae" in file.read_text()
+    file.write_text(file.read_text().replace(f"path: {tmp_path}/vae", "path: ~/vae"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    values["training"] |= {"resume": "auto", "max_steps": 2}
+    train(parse_config(values))
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
