@@ -35,7 +35,9 @@ def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
             raise OSError("it is not a regular file")  # reading a FIFO would wait for ever
         with Image.open(source) as image:
             image.load()
-            return load_rgb(image)
+            image = load_rgb(image)
+            image.info.pop("exif", None)  # it is applied; a crop of the image would read it, perhaps damaged, again
+            return image
     # Bytes of strangers: each of Pillow's plugins, and the libraries below them, have their own errors for broken ones.
     except Exception as error:
         raise CorruptImageError(f"corrupt image: {name}: {error or type(error).__name__}") from error

@@ -12,6 +12,7 @@ from tiny_images import png, write_folder, write_parquet
 
 from latent_egc.config import ConfigError, DataConfig
 from latent_egc.data.sources import CorruptImageError, load_splits, read_image
+from latent_egc.data.views import central_view
 
 
 def grey(table, index: int) -> int:
@@ -223,3 +224,12 @@ def test_every_mode_becomes_rgb(mode):
     read = read_image(file, mode)
     assert read.mode == "RGB"
     assert np.abs(np.asarray(read).astype(int) - 51).max() <= 2
+
+
+def test_a_damaged_exif_harms_no_view():
+    """Pillow passes over it while opening, and would stumble over it again where a crop of it is made upright."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "jpeg", exif=Image.Exif().tobytes())
+    damaged = file.getvalue().replace(b"Exif\0\0MM", b"Exif\0\0\0M").replace(b"Exif\0\0II", b"Exif\0\0\0I")
+    assert damaged != file.getvalue()
+    assert central_view(read_image(io.BytesIO(damaged), "red").crop((0, 0, 4, 4)), 4).shape == (3, 4, 4)
