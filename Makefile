@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-compiler lint
+.PHONY: quickstart test test-compiler test-faults lint
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,11 +16,15 @@ quickstart: $(VENV)/installed
 
 # Sums over several threads depend on their number, and the tests start processes of their own: one thread each.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not full_compiler"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not full_compiler and not faults"
 
 # What takes minutes of the code generator: the compiled training step.
 test-compiler: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m full_compiler
+
+# Kills, full disks and damaged images: a line each; see docs/security.md.
+test-faults: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -v -m faults tests/faults
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

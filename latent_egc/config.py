@@ -6,16 +6,19 @@ It knows no network: `model` stays a mapping here, and `training/build.py` check
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from latent_egc.strict_yaml import parse_yaml
 
 # Names that keys had before -> theirs now.
 RENAMED = {
@@ -34,11 +37,18 @@ def within(default: Any, minimum: float, maximum: float = math.inf) -> Any:
     return field(default=default, metadata={"range": (minimum, maximum)})
 
 
+def file_path(default: Any = None) -> Any:
+    """A field that may name files or folders: ~ and ${VARIABLE} in it are replaced."""
+    return field(default=default, metadata={"path": True})
+
+
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """The pretrained autoencoder; it is never trained."""
 
-    path: str | None = "digits_vae"  # "digits_vae" (in the package), a Hub id, a folder, or null for pixel space
+    path: str | None = file_path(
+        "digits_vae"
+    )  # "digits_vae" (in the package), a Hub id, a folder, or null for pixel space
     subfolder: str | None = None  # such as "vae" inside a Stable Diffusion repository
     sample_posterior: bool = True  # train on posterior samples; false: on posterior means
     slicing: bool = False  # encode and decode one image at a time, for large images
@@ -48,22 +58,24 @@ class AutoencoderConfig:
 class DataConfig:
     """Images, labels and their views."""
 
-    dataset: str = "digits"  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
+    dataset: str = file_path(
+        "digits"
+    )  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
     subset: str | None = None  # the Hub dataset's configuration
-    data_dir: str | None = None
-    data_files: str | dict[str, str] | None = None
+    data_dir: str | None = file_path()
+    data_files: str | dict[str, str] | None = file_path()  # noqa: RUF009, a field
     train_split: str = "train"
     validation_split: str | None = None  # null: validation_fraction of the train split is held out
     validation_fraction: float = within(0.2, 0.0, 0.9)
     image_column: str | None = None  # null: found by type or name
     label_column: str | None = None
     label_fraction: float = within(1.0, 1e-6, 1.0)  # share of the training labels kept, of every class at least one
-    image_size: int = within(32, 1)  # pixels, height and width
+    image_size: int = within(32, 1, 2**14)  # pixels, height and width
     horizontal_flip: bool = False
     random_resized_crop: tuple[float, float] | None = within((0.5, 1.0), 0.01, 1.0)  # area share, clean branch only
-    num_views: int = within(4, 1)  # encoded views of each image for the clean branch, in a latent cache
-    latent_cache: str | None = None  # folder written by `latent-egc encode`; null: training reads pixels
-    num_workers: int = within(0, 0)
+    num_views: int = within(4, 1, 2**10)  # encoded views of each image for the clean branch, in a latent cache
+    latent_cache: str | None = file_path()  # folder written by `latent-egc encode`; null: training reads pixels
+    num_workers: int = within(0, 0, 2**10)
     skip_corrupt: bool = False  # skip unreadable images (and count them) instead of stopping
 
 
@@ -85,14 +97,14 @@ class TrainingConfig:
 
     max_steps: int = within(1000, 1)
     train_batch_size: int = within(64, 1)  # per device and micro-batch
-    gradient_accumulation_steps: int = within(1, 1)
+    gradient_accumulation_steps: int | None = within(None, 1)  # null: what the launcher says, else 1
     learning_rate: float = within(1e-4, 0.0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = within(0, 0)
     adam_betas: tuple[float, float] = within((0.9, 0.999), 0.0, 1.0)
     weight_decay: float = within(0.0, 0.0)
     max_grad_norm: float | None = within(1.0, 0.0)  # null: no clipping
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] | None = None  # null: what the launcher says, else "no"
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
     shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
@@ -107,7 +119,7 @@ class TrainingConfig:
     num_validation_images: int | None = within(None, 1)  # null: the whole validation split
     trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's trackers
     resume: Literal["never", "auto"] = "never"  # auto: go on from the newest checkpoint in output_dir, if there is one
-    overwrite: bool = False  # delete a run that output_dir already holds
+    overwrite: bool = False  # delete the run that output_dir already holds; an error where other files lie there
 
     @property
     def checks_gradients(self) -> bool:
@@ -122,9 +134,9 @@ class SamplingConfig:
 
     num_inference_steps: int = within(50, 1)
     guidance_scale: float = within(1.0, 1.0)  # stored with the pipeline
-    num_images_per_label: int = within(8, 1)
-    max_classes: int = within(10, 1)  # rows of the grid
-    batch_size: int = within(40, 1)
+    num_images_per_label: int = within(8, 1, 2**20)
+    max_classes: int = within(10, 1, 2**20)  # rows of the grid
+    batch_size: int = within(40, 1, 2**20)
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
-    output_dir: str = "runs/default"
+    output_dir: str = file_path("runs/default")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the form that `parse_config` reads; every default included, those of a resolved model too."""
@@ -155,7 +167,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of
             range, or an override that is not KEY=VALUE.
     """
-    return parse_config(_read_sections(path, overrides))
+    return parse_config(read_sections(path, overrides))
 
 
 def load_data_config(path: str | Path) -> DataConfig:
@@ -164,7 +176,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     Raises:
         ConfigError: as `load_config`, or a file without a `data` section.
     """
-    values = _read_sections(path)
+    values = read_sections(path)
     if "data" not in values:
         raise ConfigError(f"{path} has no data section, only {', '.join(map(str, values)) or 'nothing'}")
     config = parse_dataclass(DataConfig, values["data"], "data")
@@ -172,14 +184,14 @@ def load_data_config(path: str | Path) -> DataConfig:
     return config
 
 
-def _read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file's sections as plain values, with overrides applied. Raises ConfigError as `load_config` does."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
@@ -206,16 +218,11 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
                 raise ConfigError(f"{key}: {section} is a value, not a section")
             target = target[section]
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
         target.pop(last, None)  # an override stands last, and so wins over the key's older name as well
         target[last] = value
-
-
-def clean_share(clean_fraction: float) -> Fraction:
-    """`objective.clean_fraction` as the fraction that is meant: 0.1 is a tenth."""
-    return Fraction(clean_fraction).limit_denominator(1000)
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -225,12 +232,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     config = parse_dataclass(Config, _with_new_names(values), "")
     check_folder(config.autoencoder.path, "autoencoder.path")
     _check_data(config.data)
-    rows = config.training.train_batch_size * clean_share(config.objective.clean_fraction)
-    if rows.denominator != 1:
-        raise ConfigError(
-            "objective.clean_fraction must be a whole number of rows of training.train_batch_size="
-            f"{config.training.train_batch_size}, got {config.objective.clean_fraction}"
-        )
+    _check_output(config)
     if config.training.compile and config.training.activation_checkpointing:
         raise ConfigError(
             "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "
@@ -258,6 +260,16 @@ def check_folder(path: str | None, key: str) -> None:
         raise ConfigError(f"{key}: no such folder: {path}")
 
 
+def _check_output(config: Config) -> None:
+    """Refuses to write the run around a folder that it reads."""
+    output = Path(config.output_dir).expanduser().resolve()
+    read = {"data.latent_cache": config.data.latent_cache, "data.data_dir": config.data.data_dir}
+    read |= {"autoencoder.path": config.autoencoder.path, "model.init_from": config.model.get("init_from")}
+    for key, name in read.items():
+        if isinstance(name, str) and Path(name).expanduser().resolve().is_relative_to(output):
+            raise ConfigError(f"output_dir={config.output_dir} must not contain what the run reads, {key}={name}")
+
+
 def _check_data(config: DataConfig) -> None:
     for key in ("data_dir", "data_files"):
         if "/" in config.dataset:  # then they are relative to that folder or Hub repository
@@ -275,7 +287,28 @@ def parse_dataclass(cls: type, values: Any, prefix: str) -> Any:
     """Plain values -> a checked frozen dataclass; errors name `prefix` and the key. Raises ConfigError."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: (hints[f.name], f.metadata.get("range")) for f in dataclasses.fields(cls)}
-    return cls(**parse_fields(fields, values, prefix))
+    parsed = parse_fields(fields, values, prefix)
+    for f in dataclasses.fields(cls):
+        if f.name in parsed and "path" in f.metadata:
+            parsed[f.name] = expanded(parsed[f.name], f"{prefix}.{f.name}" if prefix else f.name)
+    return cls(**parsed)
+
+
+def expanded(value: Any, key: str) -> Any:
+    """A path, or each of several, with ~ and ${VARIABLE} replaced. Raises ConfigError: no such variable."""
+    if isinstance(value, dict):
+        return {name: expanded(element, key) for name, element in value.items()}
+    if isinstance(value, tuple):
+        return tuple(expanded(element, key) for element in value)
+    if value is None:
+        return None
+
+    def variable(match: re.Match) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(f"{key}={value!r}: the environment has no variable {match[1]!r}")
+        return os.environ[match[1]]
+
+    return os.path.expanduser(re.sub(r"\$\{([^}]*)\}", variable, value))
 
 
 def parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: str) -> dict[str, Any]:
@@ -333,6 +366,8 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
     if annotation is bool and isinstance(value, bool):
         return value
     if annotation is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**32:
+            raise ConfigError(f"{name} must be between -2^32 and 2^32, got {value}")
         return value
     if annotation is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -344,7 +379,12 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
     if annotation is str and isinstance(value, str):
         return value
     wanted = annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)
-    raise ConfigError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
+    hint = ""
+    if annotation is bool and str(value).lower() in ("true", "false", "yes", "no", "on", "off"):
+        hint = "; write it without quotes"
+    elif annotation is str and value is not None and not isinstance(value, (Mapping, list)):
+        hint = "; write it in quotes"
+    raise ConfigError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__}){hint}")
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ def label_ids(class_labels: ClassLabels, id2label: Mapping[int, str]) -> torch.T
     """Ids or names, one or many -> (L,) int64.
 
     Args:
-        class_labels: ids in [0, K), names, or a tensor of ids.
+        class_labels: ids in [0, K), names, or a tensor or numpy array of ids.
         id2label: the K names; empty for a model without classes.
 
     Raises:
@@ -20,17 +21,23 @@ def label_ids(class_labels: ClassLabels, id2label: Mapping[int, str]) -> torch.T
     """
     if not id2label:
         raise ValueError(f"this model was trained without classes, got class_labels={class_labels!r}")
-    if torch.is_tensor(class_labels):
-        class_labels = class_labels.flatten().tolist()
-    elif isinstance(class_labels, (int, str)):
-        class_labels = [class_labels]
-    ids = [_label_id(label, id2label) for label in class_labels]
+    ids = [_label_id(label, id2label) for label in _plain(class_labels)]
     if not ids:
         raise ValueError("class_labels is empty; None samples without labels")
     return torch.tensor(ids)
 
 
-def _label_id(label: int | str, id2label: Mapping[int, str]) -> int:
+def _plain(class_labels: Any) -> list[Any]:
+    """A flat list of what may be a tensor, an array, one label, or a list with such entries of one label each."""
+    if hasattr(class_labels, "flatten"):  # a tensor, a numpy array or scalar
+        return class_labels.flatten().tolist()
+    if not isinstance(class_labels, (list, tuple)):
+        return [class_labels]
+    entries = [_plain(entry) for entry in class_labels]
+    return [entry[0] if len(entry) == 1 else entry for entry in entries]
+
+
+def _label_id(label: Any, id2label: Mapping[int, str]) -> int:
     if isinstance(label, str):
         label2id = {name: i for i, name in id2label.items()}
         if label in label2id:
@@ -39,6 +46,6 @@ def _label_id(label: int | str, id2label: Mapping[int, str]) -> int:
         names = ", ".join(list(label2id)[:20]) + (", ..." if len(label2id) > 20 else "")
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the names are {names}"
         raise ValueError(f"unknown class name {label!r} in class_labels; {hint}")
-    if not isinstance(label, int) or not 0 <= label < len(id2label):
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(id2label):
         raise ValueError(f"class_labels must be names or ids in [0, {len(id2label)}), got {label!r}")
     return label

@@ -1,12 +1,15 @@
-"""Images to pixel values, and the autoencoder's own scaling of its latents."""
+"""Images to pixel values."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import load_image
+
+EXIF_ORIENTATION = 0x0112
+# Of the part of an image that is resized.
+MAX_ASPECT_RATIO = 4
 
 
 def preprocess_images(images: PipelineImageInput, size: int) -> torch.Tensor:
@@ -30,17 +33,51 @@ def preprocess_images(images: PipelineImageInput, size: int) -> torch.Tensor:
 
 
 def load_rgb(image: Any) -> Any:
-    """A PIL image of any mode as an upright RGB image: EXIF orientation applied, 16-bit grey scaled to 8 bits."""
+    """A PIL image of any mode as an upright RGB image: EXIF orientation applied, 16-bit grey and floats as 8 bits.
+
+    One that is RGB and upright is returned itself, since a copy of a large one takes half a gigabyte.
+
+    Raises:
+        ValueError: a float image whose values are neither in [0, 1] nor in [0, 255].
+    """
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would clip to white
         image = image.point(lambda value: value / 256).convert("L")
+    if image.mode == "F":  # Pillow's convert takes them as 0 to 255, which makes those in [0, 1] black
+        lowest, highest = image.getextrema()
+        if not 0 <= lowest <= highest <= 255:
+            raise ValueError(f"a float image must be in [0, 1] or [0, 255], got {lowest:g} to {highest:g}")
+        if highest <= 1:
+            image = image.point(lambda value: value * 255 + 0.5)
+        image = image.convert("L")
+    if image.getexif().get(EXIF_ORIENTATION, 1) == 1:
+        return image if image.mode == "RGB" else image.convert("RGB")
     return load_image(image)
+
+
+def central_crop(image: Any, size: int) -> Any:
+    """A PIL image of any mode and size -> (size, size) RGB: shorter side resized, centre cropped.
+
+    Raises ValueError as `load_rgb`.
+    """
+    image = load_rgb(image)
+    box = _central_box(*image.size)
+    image = image if box == (0, 0, *image.size) else image.crop(box)
+    return VaeImageProcessor(resample="lanczos").resize(image, size, size, resize_mode="crop")
+
+
+def _central_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what is resized: all, or the middle of an image that is very long, whose other parts
+    would be enlarged (a 1 x 60000 image to gigabytes) and cut off.
+    """
+    longest = MAX_ASPECT_RATIO * min(width, height)
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return left, top, min(width, left + longest), min(height, top + longest)
 
 
 def _preprocess_one(image: Any, size: int) -> torch.Tensor:
     if hasattr(image, "convert"):  # a PIL image
-        processor = VaeImageProcessor(resample="lanczos")
-        image = processor.resize(load_rgb(image), size, size, resize_mode="crop")
-        return processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(image)))
+        processor = VaeImageProcessor()
+        return processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(central_crop(image, size))))
     if not torch.is_tensor(image):
         if not hasattr(image, "__array__"):
             raise ValueError(f"images must be PIL images, numpy arrays or tensors, got {type(image).__name__}")
@@ -58,6 +95,8 @@ def _preprocess_one(image: Any, size: int) -> torch.Tensor:
         raise ValueError(f"images must be uint8 or floats in [0, 1], got {batch.dtype}")
     if not (batch.isfinite().all() and batch.min() >= 0 and batch.max() <= 1):
         raise ValueError(f"images must be in [0, 1], got {batch.min().item():g} to {batch.max().item():g}")
+    left, top, right, bottom = _central_box(batch.shape[-1], batch.shape[-2])
+    batch = batch[..., top:bottom, left:right]
     height, width = batch.shape[-2:]
     if (height, width) != (size, size):
         scale = size / min(height, width)
@@ -66,18 +105,3 @@ def _preprocess_one(image: Any, size: int) -> torch.Tensor:
         top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
         batch = batch[..., top : top + size, left : left + size]
     return 2 * batch - 1
-
-
-def scale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's latents -> about unit variance, by its own scaling and shift factor."""
-    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
-
-
-def unscale_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse of `scale_latents`."""
-    return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-
-
-def vae_scale_factor(vae: ModelMixin | None) -> int:
-    """Pixels per latent, in height and width; 1 in pixel space."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)

@@ -5,24 +5,30 @@ one forward pass on clean latents at timestep 0, the published convention. This 
 weights, so it imports torch, diffusers and the standard library only.
 """
 
-import inspect
-import math
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .class_names import ClassLabels, label_ids
-from .images import preprocess_images, scale_latents, unscale_latents, vae_scale_factor
-from .schedulers import check_scheduler
+from latent_egc.models.weights import align_weights, check_weights
 
-PIXELS_DECODED_AT_ONCE = 2**20  # 16 images of 256 px
+from .class_names import ClassLabels, label_ids
+from .images import preprocess_images
+from .latents import decode_latents, latent_channels, latent_moments, scale_latents, vae_scale_factor
+from .sampling_checks import check_counts, check_scales, check_start, latent_length
+from .schedulers import check_scheduler, set_timesteps, step_options
+from .self_contained import SelfContainedPipeline
+
+PIXELS_AT_ONCE = 2**20  # through the autoencoder: 16 images of 256 px
+LATENTS_AT_ONCE = 2**14  # positions through the energy network: 16 images of 32x32 latents
 
 
 @dataclass
@@ -42,22 +48,7 @@ class EGCClassificationOutput(BaseOutput):
     energy: torch.Tensor
 
 
-def _align_weights(module: ModelMixin | None) -> None:
-    """Copies weights that a file was mapped to at odd addresses, where CPU kernels are slower and round differently.
-
-    A loaded pipeline then gives, bit for bit, what the saved one gave.
-    """
-    for parameter in module.parameters() if module is not None else ():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
-
-
-def _in_package() -> bool:
-    """Whether this is latent_egc's own file, not a copy of it from a repository."""
-    return __name__.split(".")[0] == "latent_egc"
-
-
-class EGCPipeline(DiffusionPipeline):
+class EGCPipeline(SelfContainedPipeline):
     """Samples and classifies images with one energy network.
 
     Args:
@@ -68,10 +59,13 @@ class EGCPipeline(DiffusionPipeline):
         default_guidance_scale: what `guidance_scale=None` means for labelled samples, at least 1.
 
     Raises:
-        ValueError: a scheduler with other betas or another prediction type, or names that do not fit the classes.
+        ValueError: a scheduler with other betas or another prediction type, names that do not fit the classes, or
+            weights that were not in their file, are NaN or infinite.
     """
 
     _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+    model_cpu_offload_seq = "energy_model->vae"
 
     def __init__(
         self,
@@ -95,29 +89,9 @@ class EGCPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         check_scheduler(self.scheduler, self.energy_model)
         for module in (energy_model, vae):
-            _align_weights(module)
-
-    # An exported folder names its own code files, for use without this package. Where the package is installed its
-    # classes are used instead, and no code from the folder is run: two methods rewrite the names, strings only. The
-    # pipeline's own is rewritten in the private one because loading from the Hub reads model_index.json through it
-    # before anything is downloaded; the energy network's must stay until then, or the Hub's listing would not fit it.
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
-        config = super()._dict_from_json_file(json_file)
-        if _in_package() and isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][1]
-        return config
-
-    @classmethod
-    def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """See `ConfigMixin.load_config`."""
-        loaded = super().load_config(*arguments, **options)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        module, class_name = config.get("energy_model") or (None, None)
-        if _in_package() and module is not None and "." not in module:
-            config["energy_model"] = [f"latent_egc.models.{module}", class_name]
-        return loaded
+            if module is not None:
+                check_weights(module)
+                align_weights(module)
 
     # --- facts ------------------------------------------------------------------------------------------------------
 
@@ -136,6 +110,21 @@ class EGCPipeline(DiffusionPipeline):
         """Height and width of the images, in pixels."""
         return self.energy_model.config.sample_size * self.vae_scale_factor
 
+    @property
+    def guidance_scale(self) -> float:
+        """The classifier's weight in the running or last call. A callback may set `_guidance_scale` of its pipeline."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the running or last call's scheduler."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call stops before its next step. A callback may set `_interrupt` of its pipeline."""
+        return self._interrupt
+
     # --- pixels <-> latents -----------------------------------------------------------------------------------------
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -147,47 +136,70 @@ class EGCPipeline(DiffusionPipeline):
         Returns:
             (N, C, h, w) of about unit variance; `pixel_values` themselves in pixel space.
         """
+        self._check_pixel_space()
         if self.vae is None:
             return pixel_values
-        encoded = self.vae.encode(pixel_values.to(self.vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return scale_latents(self.vae, latents.to(torch.promote_types(latents.dtype, torch.float32)))
+        mean = latent_moments(self.vae, pixel_values)[:, : latent_channels(self.vae)]
+        return scale_latents(self.vae, mean)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1]. Differentiable."""
-        if self.vae is None:
-            return latents
-        return self.vae.decode(unscale_latents(self.vae, latents).to(self.vae.dtype)).sample
+        self._check_pixel_space()
+        return latents if self.vae is None else decode_latents(self.vae, latents)
+
+    def _check_pixel_space(self) -> None:
+        """Raises ValueError where there is no autoencoder and the network's latents are no pixels."""
+        channels = self.energy_model.config.in_channels
+        if self.vae is None and channels != latent_channels(None):
+            raise ValueError(
+                f"vae=None, but the energy network's latents have {channels} channels, so they are no pixels: give the "
+                'pipeline its autoencoder, or sample with output_type="latent"'
+            )
 
     # --- classification ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def classify(self, images: PipelineImageInput, top_k: int = 1) -> EGCClassificationOutput:
+    def classify(
+        self, images: PipelineImageInput, top_k: int = 1, batch_size: int | None = None
+    ) -> EGCClassificationOutput:
         """Classifies images by one forward pass of the energy network on their clean latents at timestep 0.
 
         Args:
             images: as in `preprocess_images`: PIL, numpy or torch, one or many, of any size.
             top_k: how many class names to return for each image, in [1, K].
+            batch_size: images at once; None: what memory surely holds, by their size.
 
         Returns:
             `EGCClassificationOutput` on the CPU.
 
         Raises:
-            ValueError: a model without classes, `top_k` out of range, or unusable images.
+            ValueError: a model without classes, `top_k` or `batch_size` out of range, or unusable images.
         """
         num_classes = self.energy_model.config.num_classes
         if num_classes is None:
             raise ValueError("this model was trained without classes, it cannot classify")
         if not 1 <= top_k <= num_classes:
             raise ValueError(f"top_k must be in [1, {num_classes}], got {top_k}")
-        pixel_values = preprocess_images(images, self.image_size).to(self._execution_device)
-        output = self.energy_model(self.encode(pixel_values), 0)
-        logits, id2label = output.logits.cpu(), self.id2label
+        if batch_size is None:
+            pixels_at_once = self._default_batch_size() if self.vae is None else PIXELS_AT_ONCE // self.image_size**2
+            batch_size = max(1, min(self._default_batch_size(), pixels_at_once))
+        check_counts(1, 1, batch_size, 1)
+        given = images if isinstance(images, (list, tuple)) else [images]
+        one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
+        starts = range(0, max(1, len(one_by_one)), batch_size)  # none at all is for `preprocess_images` to refuse
+        logits, energy = [], []
+        for start in self.progress_bar(starts) if len(starts) > 1 else starts:
+            pixel_values = preprocess_images(one_by_one[start : start + batch_size], self.image_size)
+            output = self.energy_model(self.encode(pixel_values.to(self._execution_device)), 0)
+            logits.append(output.logits.cpu())
+            energy.append(output.energy.cpu())
+        self.maybe_free_model_hooks()
+        logits, id2label = torch.cat(logits), self.id2label
         return EGCClassificationOutput(
             logits=logits,
             probabilities=logits.softmax(dim=-1),
             labels=[[id2label[i] for i in row] for row in logits.topk(top_k, dim=-1).indices.tolist()],
-            energy=output.energy.cpu(),
+            energy=torch.cat(energy),
         )
 
     # --- sampling ---------------------------------------------------------------------------------------------------
@@ -205,6 +217,13 @@ class EGCPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["EGCPipeline", int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images.
 
@@ -227,8 +246,14 @@ class EGCPipeline(DiffusionPipeline):
             latents: (N, C, h, w) standard normal start; None: drawn from `generator`.
             output_type: "pil", "np", "pt" (images in [0, 1]) or "latent" (scaled latents).
             return_dict: False returns a tuple.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}) after each step; "latents"
-                of what it returns, if anything, replaces them.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": latents}) after each step of each
+                batch; "latents" of what it returns, if anything, replaces them. Its pipeline is this call's own: what
+                is set there (`_guidance_scale`, `_interrupt`) holds for this call. Or one of `diffusers.callbacks`.
+            callback_on_step_end_tensor_inputs: what the callback is given; of `_callback_tensor_inputs`.
+            timesteps, sigmas: the scheduler's steps themselves, for schedulers that take them.
+            eta: DDIM's share of noise in each step, 0 = none; for schedulers that take it.
+            height, width: of the images, in pixels; None: `image_size`.
+            batch_size: images sampled at once; None: what memory surely holds, by their size.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)`.
@@ -241,68 +266,99 @@ class EGCPipeline(DiffusionPipeline):
         labels = self.label_ids(class_labels)
         if guidance_scale is None:
             guidance_scale = 0.0 if labels is None else self.config.default_guidance_scale
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        config = self.energy_model.config
+        check_counts(num_images_per_label, num_inference_steps, batch_size, config.num_train_timesteps)
         num_images = num_images_per_label * (1 if labels is None else len(labels))
-        self._check_call(
-            labels,
-            num_images_per_label,
-            num_inference_steps,
-            guidance_scale,
-            classifier_free_scale,
-            generator,
-            latents,
-            output_type,
-            num_images,
-        )
+        size = [
+            latent_length(name, pixels, self.vae_scale_factor, self.energy_model.size_divisor)
+            for name, pixels in (("height", height), ("width", width))
+        ]
+        check_scales(self.energy_model, labels, guidance_scale, classifier_free_scale)
+        check_start(generator, latents, num_images, tuple(size))
         check_scheduler(self.scheduler, self.energy_model)
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
 
         device = self._execution_device
         if labels is not None:
             labels = labels.repeat_interleave(num_images_per_label).to(device)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self._initial_latents(num_images, generator, latents, device)
-        # Schedulers differ in what step() takes: deterministic ones have no generator.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+        # At least float32, whatever the weights' type: the steps of a solver add up many small differences.
+        dtype = torch.promote_types(self.energy_model.dtype, torch.float32)
+        if latents is None:
+            shape = (num_images, config.in_channels, *(length or config.sample_size for length in size))
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        latents = latents.to(device, dtype)
 
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                epsilon = self.energy_model.epsilon(
-                    self.scheduler.scale_model_input(latents, timestep),
-                    timestep,
-                    labels,
-                    guidance_scale=guidance_scale,
-                    classifier_free_scale=classifier_free_scale,
-                )
-                latents = self.scheduler.step(epsilon, timestep, latents, **step_kwargs).prev_sample
-                if callback_on_step_end is not None:
-                    returned = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
-                    latents = returned.get("latents", latents)
-                progress_bar.update()
-
-        if output_type == "latent":
-            images = latents
-        else:
-            # In slices: an autoencoder's activations at full resolution are far larger than the images.
-            images_at_once = max(1, PIXELS_DECODED_AT_ONCE // self.image_size**2)
-            images = torch.cat([self.decode(part).float() for part in latents.split(images_at_once)])
+        # Calls may run side by side: what one of them changes, the scheduler above all, is its own. The pipeline itself
+        # only tells of the last call.
+        call = copy.copy(self)
+        call._interrupt = self._interrupt = False
+        batch_size = batch_size or self._default_batch_size(*latents.shape[-2:])
+        images = []
+        for start in range(0, num_images, batch_size):
+            rows = slice(start, start + batch_size)
+            call.scheduler = copy.deepcopy(self.scheduler)
+            call._guidance_scale = self._guidance_scale = guidance_scale
+            set_timesteps(call.scheduler, num_inference_steps, timesteps, sigmas, device)
+            call._num_timesteps = self._num_timesteps = len(call.scheduler.timesteps)
+            found = call._sample(
+                latents[rows] * call.scheduler.init_noise_sigma,
+                None if labels is None else labels[rows],
+                classifier_free_scale,
+                step_options(call.scheduler, generator[rows] if isinstance(generator, list) else generator, eta),
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                interrupted=lambda: call.interrupt or self.interrupt,
+            )
+            images.append(found if output_type == "latent" else self._decode_in_slices(found))
+        self._guidance_scale = call.guidance_scale
+        images = torch.cat(images)
+        if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _initial_latents(
+    def _sample(
         self,
-        num_images: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        device: torch.device,
+        latents: torch.Tensor,
+        labels: torch.Tensor | None,
+        classifier_free_scale: float,
+        step_kwargs: dict[str, Any],
+        callback: Callable[["EGCPipeline", int, Any, dict[str, Any]], dict[str, Any] | None] | None,
+        callback_inputs: Sequence[str],
+        interrupted: Callable[[], bool],
     ) -> torch.Tensor:
-        # At least float32, whatever the weights' type: the steps of a solver add up many small differences.
-        dtype = torch.promote_types(self.energy_model.dtype, torch.float32)
-        if latents is None:
-            config = self.energy_model.config
-            shape = (num_images, config.in_channels, config.sample_size, config.sample_size)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        """Noise (N, C, h, w) to clean latents, by the steps that this call's scheduler has been set to."""
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                if interrupted():
+                    break
+                epsilon = self.energy_model.epsilon(
+                    self.scheduler.scale_model_input(latents, timestep),
+                    timestep,
+                    labels,
+                    guidance_scale=self.guidance_scale,
+                    classifier_free_scale=classifier_free_scale,
+                )
+                latents = self.scheduler.step(epsilon, timestep, latents, **step_kwargs).prev_sample
+                if callback is not None:
+                    values = {"latents": latents}
+                    returned = callback(self, step, timestep, {name: values[name] for name in callback_inputs}) or {}
+                    latents = returned.get("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def _decode_in_slices(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode`, in float32; an autoencoder's activations at full resolution are far larger than the images."""
+        height, width = latents.shape[-2:]
+        images_at_once = max(1, PIXELS_AT_ONCE // (height * width * self.vae_scale_factor**2))
+        return torch.cat([self.decode(part).float() for part in latents.split(images_at_once)])
+
+    def _default_batch_size(self, height: int | None = None, width: int | None = None) -> int:
+        """How many latents of a size, by default the network's own, are surely not too many at once."""
+        size = self.energy_model.config.sample_size
+        return max(1, LATENTS_AT_ONCE // ((height or size) * (width or size)))
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -310,48 +366,13 @@ class EGCPipeline(DiffusionPipeline):
         """Ids, names, one or many -> (L,) int64; None stays None. Raises ValueError on an unknown id or name."""
         return None if class_labels is None else label_ids(class_labels, self.id2label)
 
-    def _check_call(
-        self,
-        labels: torch.Tensor | None,
-        num_images_per_label: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        classifier_free_scale: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        num_images: int,
-    ) -> None:
-        config = self.energy_model.config
-        if not isinstance(num_images_per_label, int) or num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label!r}")
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= config.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps must be in [1, {config.num_train_timesteps}], got {num_inference_steps!r}"
-            )
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"guidance_scale must be finite and not negative, got {guidance_scale}")
-        if labels is None and guidance_scale != 0:
-            raise ValueError(f"guidance_scale={guidance_scale} needs class_labels, got None")
-        if labels is not None and guidance_scale == 0 and not config.class_embedding:
-            raise ValueError(
-                "guidance_scale=0 would ignore class_labels: this model has no class embedding, only the classifier's "
-                "gradient sees a label"
-            )
-        if labels is not None and guidance_scale == 0 and classifier_free_scale == 0:
-            raise ValueError("guidance_scale=0 with classifier_free_scale=0 would ignore class_labels")
-        if not math.isfinite(classifier_free_scale):
-            raise ValueError(f"classifier_free_scale must be finite, got {classifier_free_scale}")
-        if classifier_free_scale != 1 and (labels is None or not config.class_embedding):
-            raise ValueError(
-                f"classifier_free_scale={classifier_free_scale} needs class_labels and a model with class embedding"
-            )
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"generator must be one or a list of {num_images}, got a list of {len(generator)}")
-        if latents is not None:
-            if latents.ndim != 4 or len(latents) != num_images:
-                raise ValueError(f"latents must be ({num_images}, C, h, w), got shape {tuple(latents.shape)}")
-            if not latents.isfinite().all():
-                raise ValueError("latents must be finite, got NaN or infinite values")
+    def _check_outputs(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        if output_type != "latent":
+            self._check_pixel_space()
+        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {unknown}"
+            )

@@ -1,4 +1,8 @@
-"""Which noise scheduler an energy network samples with: one on its own noise schedule."""
+"""Which noise scheduler an energy network samples with: one on its own noise schedule; and how it is asked to."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
@@ -25,15 +29,69 @@ def check_scheduler(scheduler: SchedulerMixin, energy_model: ModelMixin) -> None
     The energy network owns its noise schedule; on another one it would sample nonsense silently.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{name} has prediction_type {config.prediction_type!r}, this pipeline needs 'epsilon'")
-    own = energy_model.alphas_cumprod.float().cpu()
-    other = getattr(scheduler, "alphas_cumprod", None)
-    if other is None or own.shape != other.shape or not torch.allclose(own, other.float().cpu(), atol=1e-5):
-        fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-        needed = {field: energy_model.config[field] for field in fields}
-        received = {field: config.get(field) for field in fields}
+    remedy = "build one with from_config(pipeline.scheduler.config), of DDIMScheduler for example"
+    if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
-            f"{name} has another noise schedule than the energy network: it needs {needed}, got {received}; build "
-            f"it with {name}.from_config(pipeline.scheduler.config)"
+            f"{name} has no alphas_cumprod: it is made for flow matching or EDM's noise levels, on which this network "
+            f"was not trained; {remedy}"
         )
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"{name} has prediction_type={config.prediction_type!r}, this pipeline needs 'epsilon'")
+    if config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{name} has use_flow_sigmas=True: these are flow matching's noise levels, on which this network was not "
+            "trained; set it to False"
+        )
+    own, other = energy_model.alphas_cumprod.float().cpu(), scheduler.alphas_cumprod.float().cpu()
+    if own.shape == other.shape and torch.allclose(own, other, atol=1e-5):
+        return
+    fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    needed = {field: energy_model.config[field] for field in fields} | {
+        "trained_betas": None,
+        "rescale_betas_zero_snr": False,
+    }
+    different = [
+        f"{field}={config[field]!r}, the network has {value!r}"
+        for field, value in needed.items()
+        if field in config and config[field] != value
+    ]
+    raise ValueError(
+        f"{name} has another noise schedule than the energy network: {'; '.join(different) or 'other alphas_cumprod'}; "
+        f"{remedy}"
+    )
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    timesteps: Sequence[int] | None,
+    sigmas: Sequence[float] | None,
+    device: torch.device,
+) -> None:
+    """Sets a scheduler's steps: a number of them, or its own `timesteps` or `sigmas`.
+
+    Raises:
+        ValueError: both are given, or the scheduler takes no such argument.
+    """
+    given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    if len(given) == 2:
+        raise ValueError("timesteps and sigmas exclude each other, got both")
+    for name in given:
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(scheduler).__name__} takes no {name}; leave it out, or use another scheduler")
+    scheduler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}), device=device)
+
+
+def step_options(
+    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float
+) -> dict[str, Any]:
+    """What `scheduler.step` takes besides epsilon: deterministic schedulers have no generator, few have an eta.
+
+    Raises:
+        ValueError: an `eta` that the scheduler would ignore.
+    """
+    taken = inspect.signature(scheduler.step).parameters
+    if eta != 0 and "eta" not in taken:
+        raise ValueError(f"{type(scheduler).__name__} takes no eta, got {eta}; DDIMScheduler does")
+    options = {"generator": generator, "eta": eta}
+    return {name: value for name, value in options.items() if name in taken}

@@ -178,6 +178,77 @@ def test_yaml_1_1_spellings(write):
     assert (training.learning_rate, training.mixed_precision, training.weight_decay) == (1e-4, "no", 1e-2)
 
 
+def test_duplicate_keys_and_alias_bombs_are_refused_by_file_and_key(write):
+    text = yaml.safe_dump({"model": MODEL})
+    with pytest.raises(ConfigError, match=r"config\.yaml is not valid YAML: duplicate key 'seed'"):
+        load_config(write(text + "training:\n  seed: 1\n  log_every: 2\n  seed: 3\n"))
+    bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(12))
+    with pytest.raises(ConfigError, match=r"config\.yaml is not valid YAML: with its aliases written out"):
+        load_config(write(text + bomb))
+    with pytest.raises(ConfigError, match=r"override 'data\.data_files=\{a: b, a: c\}': .*duplicate key 'a'"):
+        load_config(write(text), ["data.data_files={a: b, a: c}"])
+
+
+@pytest.mark.parametrize("text", ["010", "1:30"])
+def test_octal_and_sexagesimal_numbers_are_refused(write, text):
+    path = write(yaml.safe_dump({"model": MODEL}) + f"training:\n  max_steps: {text}\n")
+    with pytest.raises(ConfigError, match=f"training.max_steps must be int, got '{text}'"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=f"training.seed must be int, got '{text}'"):
+        load_config(write(yaml.safe_dump({"model": MODEL})), [f"training.seed={text}"])
+
+
+def test_home_and_variables_in_paths_are_replaced(tmp_path, monkeypatch):
+    """An unknown variable is an error; what is no path stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    for name in ("data", "vae"):
+        (tmp_path / name).mkdir()
+    values = {
+        "model": MODEL | {"init_from": "~/vae"},
+        "autoencoder": {"path": "~/vae", "subfolder": None},
+        "data": {"dataset": "imagefolder", "data_dir": "${DATA}", "latent_cache": "${DATA}/cache", "train_split": "~"},
+        "output_dir": "~/runs/${DATA}",
+    }
+    config = resolve(parse_config(values))
+    assert config.model["init_from"] == config.autoencoder.path == str(tmp_path / "vae")
+    assert config.data.data_dir == str(tmp_path / "data")
+    assert config.data.latent_cache == str(tmp_path / "data" / "cache")
+    assert config.data.train_split == "~"
+    assert config.output_dir == f"{tmp_path}/runs/{tmp_path}/data"
+    files = {"data": {"dataset": "parquet", "data_files": {"train": "${DATA}/*.parquet"}}}
+    assert parse_config({"model": MODEL} | files).data.data_files == {"train": f"{tmp_path}/data/*.parquet"}
+    monkeypatch.delenv("DATA")
+    refused({"output_dir": "${DATA}/runs"}, "output_dir='${DATA}/runs'", "no variable 'DATA'")
+    refused({"data": {"latent_cache": "${}"}}, "data.latent_cache='${}'")
+    refused({"model": MODEL | {"init_from": "${DATA}"}}, "model.init_from='${DATA}'")
+
+
+def test_quotes_too_many_and_too_few_are_hinted_at():
+    refused(
+        {"data": {"horizontal_flip": "true"}}, "data.horizontal_flip must be bool, got 'true' (str)", "without quotes"
+    )
+    refused({"model": MODEL | {"class_embedding": "No"}}, "model.class_embedding must be bool", "without quotes")
+    refused({"data": {"subset": False}}, "data.subset must be str, got False (bool)", "in quotes")
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"training": {"max_steps": 10**30}}, "training.max_steps must be between -2^32 and 2^32, got 1000"),
+        ({"model": MODEL | {"num_classes": 2**63}}, "model.num_classes must be between -2^32 and 2^32, got 9223"),
+        ({"training": {"seed": 2**63}}, "training.seed"),
+        ({"training": {"seed": -1}}, "training.seed must be in [0, 4.29497e+09], got -1"),
+        ({"data": {"image_size": 10**6}}, "data.image_size must be in [1, 16384], got 1000000"),
+        ({"data": {"num_workers": 10**6}}, "data.num_workers must be in [0, 1024], got 1000000"),
+        ({"sampling": {"max_classes": -1}}, "sampling.max_classes"),
+        ({"training": {"learning_rate": -1e-3}}, "training.learning_rate must be in [0, inf], got -0.001"),
+    ],
+)
+def test_negative_and_huge_numbers_are_named(values, part):
+    refused(values, part)
+
+
 def test_label_fraction_is_a_share():
     assert parse_config({"model": MODEL}).data.label_fraction == 1.0
     for fraction in (0.0, -0.1, 1.5):
@@ -250,10 +321,3 @@ def test_shipped_configs_parse_and_build(path, monkeypatch):
     with torch.device("meta"):  # the largest have gigabytes of weights
         model = build_network(resolve_model(config.model))
     assert model.config.num_classes == config.model["num_classes"]
-
-
-def test_the_clean_branch_sees_whole_rows():
-    values = {"model": {}, "training": {"train_batch_size": 30}}
-    assert parse_config(values | {"objective": {"clean_fraction": 0.1}}).objective.clean_fraction == 0.1
-    with pytest.raises(ConfigError, match=r"objective.clean_fraction must be a whole number of rows .*=30, got 0.25"):
-        parse_config(values | {"objective": {"clean_fraction": 0.25}})

@@ -1,6 +1,7 @@
 """The shape of the package: rooms and what they import, sizes, what the wheel holds, plain text."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ LAYERS = [
     {"models"},
     {"methods"},
     {"pipelines"},
-    {"objective", "config", "atomic"},
+    {"objective", "strict_yaml", "config", "atomic"},
     {"data"},
     {"training"},
     {"exchange"},
@@ -140,6 +141,17 @@ def test_no_test_imports_another():
         for node in ast.walk(ast.parse(path.read_text())):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             assert not (module or "").split(".")[-1].startswith("test_"), path
+
+
+def test_every_promise_names_a_test_that_there_is():
+    text = (ROOT / "docs" / "security.md").read_text()
+    for row in re.findall(r"^\| .* \|$", text, flags=re.MULTILINE):
+        path = None
+        for name in re.findall(r"`((?:tests/|test_)[\w/.:]*)`", row):
+            path, function = name.partition("::")[::2] if name.startswith("tests/") else (path, name)
+            assert (ROOT / path).exists(), name
+            files = [ROOT / path] if (ROOT / path).is_file() else []
+            assert not function or any(f"def {function}(" in file.read_text() for file in files), name
 
 
 @pytest.mark.skipif(find_spec("build") is None, reason="needs the package build")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 from PIL import Image
 
 from latent_egc import EGCPipeline, EGCTransformer, EGCUNet, EnergyModel
@@ -82,6 +82,27 @@ def tiny_taesd(latent_channels: int = 2) -> AutoencoderTiny:
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
         latent_channels=latent_channels,
+    ).eval()
+
+
+def tiny_dc(latent_channels: int = 2) -> AutoencoderDC:
+    """An AutoencoderDC with random weights, factor 2."""
+    torch.manual_seed(3)
+    widths = {"encoder_block_out_channels": (6, 12), "decoder_block_out_channels": (6, 12)}
+    layers = {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
+    scales = {"encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
+    vae = AutoencoderDC(
+        latent_channels=latent_channels, attention_head_dim=4, scaling_factor=0.4, **widths, **layers, **scales
+    )
+    return vae.eval()
+
+
+def tiny_qwen(latent_channels: int = 2) -> AutoencoderKLQwenImage:
+    """An AutoencoderKLQwenImage, which is a video autoencoder and scales by channel; random weights, factor 2."""
+    torch.manual_seed(4)
+    channels = {"latents_mean": [0.1, -0.2, 0.3][:latent_channels], "latents_std": [2.0, 0.5, 1.5][:latent_channels]}
+    return AutoencoderKLQwenImage(
+        base_dim=4, z_dim=latent_channels, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], **channels
     ).eval()
 
 

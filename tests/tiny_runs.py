@@ -61,7 +61,7 @@ def evaluations(folder):
     return [row for row in read_metrics(folder / "metrics.jsonl") if "validation_denoising_loss" in row]
 
 
-def start(config_values, *overrides, launcher=(), environment=None):
+def start(config_values, *overrides, launcher=(), environment=None, new_session=False):
     """train.py in a process of its own, one thread each so that sums are in the same order everywhere."""
     folder = config_values["output_dir"]
     config_file = f"{folder}.yaml"
@@ -69,7 +69,8 @@ def start(config_values, *overrides, launcher=(), environment=None):
         yaml.safe_dump(config_values, file)
     command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), config_file, *overrides]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": new_session}
+    return subprocess.Popen(command, env=environment, **options)
 
 
 def finish(process):

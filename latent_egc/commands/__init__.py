@@ -1,4 +1,5 @@
-"""The command line: one module a verb, whose docstring is its help, with `add_arguments(parser)` and `run(options)`.
+"""The command line: one module a verb, whose docstring is its help, with `add_arguments(parser)` and `run(options)`,
+which returns an exit status or None for 0.
 
 Nothing here imports torch before a verb runs, so that help comes at once.
 """
@@ -58,8 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     from latent_egc.atomic import CheckpointError
 
     try:
-        options.verb.run(options)
+        return options.verb.run(options) or 0
     except (CheckpointError, FloatingPointError, OSError, ValueError) as error:  # a ConfigError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0

@@ -8,10 +8,22 @@ if TYPE_CHECKING:
 
 
 def positive_integer(text: str) -> int:
-    """An argument's type: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    """An argument's type: an integer of at least 1, and not beyond what PyTorch counts with."""
+    return _integer(text, 1, 2**31 - 1)
+
+
+def seed(text: str) -> int:
+    """An argument's type: an integer in [0, 2^32), as `training.seed`."""
+    return _integer(text, 0, 2**32 - 1)
+
+
+def _integer(text: str, minimum: int, maximum: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = minimum - 1
+    if not minimum <= number <= maximum:
+        raise argparse.ArgumentTypeError(f"must be an integer in [{minimum}, {maximum}], got {text[:40]}")
     return number
 
 
@@ -32,15 +44,36 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def device_name(name: str | None) -> str:
-    """The device asked for, or an accelerator if there is one."""
+    """The device asked for, or an accelerator if there is one. Raises ConfigError for one that cannot be used."""
+    import torch
     from accelerate import PartialState
 
-    return name or PartialState().device.type
+    from latent_egc.config import ConfigError
+
+    if name is None:
+        return PartialState().device.type
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as error:  # each device, compiled in or not, has its own
+        raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def load_pipeline(name: str, device: str | None = None) -> "EGCPipeline":
-    """The pipeline that a name means, on a device. Raises FileNotFoundError where there is none."""
+    """The pipeline that a name means, on a device.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: it cannot be loaded, or the device cannot be used.
+    """
+    from latent_egc.config import ConfigError
     from latent_egc.pipelines import EGCPipeline
     from latent_egc.training.checkpoints import resolve_pipeline
 
-    return EGCPipeline.from_pretrained(resolve_pipeline(name)).to(device_name(device))
+    device, source = device_name(device), resolve_pipeline(name)
+    try:
+        pipeline = EGCPipeline.from_pretrained(source)
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"the pipeline {source} cannot be loaded: {what}") from error
+    return pipeline.to(device)

@@ -1,12 +1,16 @@
 """Classify image files and folders of them.
 
 example: latent-egc classify runs/quickstart photo.png folder/ --top-k 3 --json
+
+An image that cannot be read is a row with its error; then the exit status is 1.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from latent_egc.commands.arguments import add_device_argument, add_pipeline_argument, load_pipeline, positive_integer
 
@@ -23,42 +27,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Prints each image's energy and most probable classes."""
+def run(options: argparse.Namespace) -> int:
+    """Prints each image's energy and most probable classes, or why it cannot be read; the latter gives exit status 1.
+
+    Memory holds one image at its own size, and a batch at the pipeline's.
+    """
     from tqdm.auto import tqdm
 
-    from latent_egc.data.sources import read_image
+    from latent_egc.data.sources import CorruptImageError, read_image
+    from latent_egc.pipelines.images import central_crop
 
     files = _image_files(options.images)
     pipeline = load_pipeline(options.pipeline, options.device)
-    rows = []
+    rows = [{"file": str(file)} for file in files]
     batches = range(0, len(files), options.batch_size)
     for first in tqdm(batches, desc="classify", disable=len(batches) < 2):
-        batch = files[first : first + options.batch_size]
-        output = pipeline.classify([read_image(file, str(file)) for file in batch], top_k=options.top_k)
+        images, read = [], []
+        for row in rows[first : first + options.batch_size]:
+            try:
+                images.append(central_crop(read_image(row["file"], row["file"]), pipeline.image_size))
+                read.append(row)
+            except CorruptImageError as error:
+                row["error"] = str(error)
+        if not images:
+            continue
+        output = pipeline.classify(images, top_k=options.top_k)
         top = output.probabilities.topk(options.top_k, dim=-1).values.tolist()
-        for file, labels, probabilities, energy in zip(batch, output.labels, top, output.energy.tolist(), strict=True):
-            rows.append({"file": str(file), "labels": labels, "probabilities": probabilities, "energy": energy})
+        for row, labels, probabilities, energy in zip(read, output.labels, top, output.energy.tolist(), strict=True):
+            row |= {"labels": labels, "probabilities": probabilities, "energy": energy}
     if options.json:
         print(json.dumps(rows, indent=1))
-        return
+    else:
+        _print_table(rows)
+    return int(any("error" in row for row in rows))
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     width = max(len(row["file"]) for row in rows)
     print(f"{'file':<{width}}  {'energy':>10}  classes")
     for row in rows:
+        if "error" in row:
+            print(f"{row['file']:<{width}}  {row['error']}")
+            continue
         classes = "  ".join(f"{n} {p:.3f}" for n, p in zip(row["labels"], row["probabilities"], strict=True))
         print(f"{row['file']:<{width}}  {row['energy']:>10.3f}  {classes}")
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that are meant, those of folders in order. Raises FileNotFoundError where there is none."""
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise FileNotFoundError(f"no image in the folder {path}")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
+        if not path.exists():
             raise FileNotFoundError(f"no such file or folder: {path}")
+        found = [path]
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+        regular = [file for file in found if file.is_file()]
+        for special in sorted({*found}.difference(regular)):
+            print(f"skipped, it is not a regular file: {special}", file=sys.stderr)
+        if not regular:
+            raise FileNotFoundError(f"no image in {path}")
+        files += regular
     return files

@@ -37,6 +37,10 @@ def run(options: argparse.Namespace) -> None:
         from_dit(options.from_dit, options.folder, **given)
     else:
         if "class_names" in given:
-            given["id2label"] = dict(enumerate(given.pop("class_names").read_text().splitlines()))
+            names = given.pop("class_names")
+            try:
+                given["id2label"] = dict(enumerate(names.read_text().splitlines()))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--class-names {names} is no text file: {error}") from error
         from_egc(options.from_egc, options.folder, **given)
     print(f"pipeline written: {options.folder}")

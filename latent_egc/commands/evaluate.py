@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="EXTRACTOR",
-        help="of the suite generation (generation.features): TorchScript files, DINOv2 of transformers, or inception",
+        help="of the suite generation (generation.features): DINOv2 of transformers, inception, or TorchScript files, "
+        "which are programs and can write files: only from those whom you trust",
     )
 
 

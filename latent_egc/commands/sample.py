@@ -6,7 +6,13 @@ example: latent-egc sample runs/quickstart --classes 3 8 --num-images-per-label 
 import argparse
 from pathlib import Path
 
-from latent_egc.commands.arguments import add_device_argument, add_pipeline_argument, load_pipeline, positive_integer
+from latent_egc.commands.arguments import (
+    add_device_argument,
+    add_pipeline_argument,
+    load_pipeline,
+    positive_integer,
+    seed,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*names, type=positive_integer, default=8, metavar="NUMBER", help="images a class (default 8)")
     parser.add_argument("--steps", type=positive_integer, default=50, help="solver steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the starting noise (default 0)")
     add_device_argument(parser)
 
 

@@ -9,11 +9,13 @@ import json
 from importlib import resources
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoModel, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 
 from latent_egc.config import AutoencoderConfig, ConfigError
-from latent_egc.pipelines.images import scale_latents, vae_scale_factor
+from latent_egc.models.weights import check_loaded
+from latent_egc.pipelines.latents import latent_channels, latent_moments, scale_latents, vae_scale_factor
 
 
 def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cpu") -> ModelMixin | None:
@@ -25,22 +27,24 @@ def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cp
         path = Path(str(resources.files("latent_egc") / "assets" / "digits_vae"))
     if config.subfolder is not None and path.is_dir() and not (path / config.subfolder).is_dir():
         raise ConfigError(f"autoencoder.subfolder={config.subfolder!r}: no such folder in {path}")
+    source = str(path) if path.is_dir() else config.path
     try:
-        vae = AutoModel.from_pretrained(str(path) if path.is_dir() else config.path, subfolder=config.subfolder)
-    except (OSError, ValueError) as error:
+        class_name = AutoencoderKL.load_config(source, subfolder=config.subfolder).get("_class_name")
+        kind = getattr(diffusers, class_name or "", None)
+        if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+            raise ConfigError(f"autoencoder.path={config.path!r} is a {class_name}, not an autoencoder")
+        vae, report = kind.from_pretrained(source, subfolder=config.subfolder, output_loading_info=True)
+        check_loaded(vae, report)
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
         raise ConfigError(f"autoencoder.path={config.path!r} cannot be loaded: {error}") from error
-    if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
-        raise ConfigError(f"autoencoder.path={config.path!r} is a {type(vae).__name__}, not an autoencoder")
-    for field in ("block_out_channels", "latent_channels", "scaling_factor"):
-        if vae.config.get(field) is None:
+    for needed in (("latent_channels", "z_dim"), ("scaling_factor", "latents_std")):
+        if all(vae.config.get(field) is None for field in needed):
             raise ConfigError(
-                f"autoencoder.path={config.path!r}: {type(vae).__name__} has no {field}, it is not supported"
+                f"autoencoder.path={config.path!r}: {type(vae).__name__} has neither {' nor '.join(needed)}, it is not "
+                "supported"
             )
-    if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
-        raise ConfigError(
-            f"autoencoder.path={config.path!r} scales its latents by channel (latents_mean, latents_std), which is not "
-            "supported; only scaling_factor and shift_factor are"
-        )
     if config.slicing:
         vae.enable_slicing()
     return vae.to(device).eval().requires_grad_(False)
@@ -53,7 +57,7 @@ def latent_shape(vae: ModelMixin | None, image_size: int) -> tuple[int, int, int
     factor = vae_scale_factor(vae)
     if image_size % factor:
         raise ConfigError(f"data.image_size must be divisible by the autoencoder's factor {factor}, got {image_size}")
-    return vae.config.latent_channels, image_size // factor, image_size // factor
+    return latent_channels(vae), image_size // factor, image_size // factor
 
 
 @torch.no_grad()
@@ -61,9 +65,7 @@ def encode_moments(vae: ModelMixin | None, pixel_values: torch.Tensor) -> torch.
     """Images (N, 3, H, W) in [-1, 1] -> unscaled moments (N, 2C, h, w), or latents (N, C, h, w) without a posterior."""
     if vae is None:
         return pixel_values
-    encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
-    moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
-    return moments.to(torch.promote_types(moments.dtype, torch.float32))
+    return latent_moments(vae, pixel_values.to(vae.device))
 
 
 def latents_from_moments(
@@ -80,7 +82,7 @@ def latents_from_moments(
     if vae is None:
         return moments
     mean = moments
-    if moments.shape[1] == 2 * vae.config.latent_channels:
+    if moments.shape[1] == 2 * latent_channels(vae):
         mean, log_variance = moments.chunk(2, dim=1)
         if posterior_noise is not None:
             # The bounds are those of diffusers' DiagonalGaussianDistribution.

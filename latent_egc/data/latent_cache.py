@@ -4,7 +4,11 @@ Crops and flips are drawn before encoding, since a mirrored latent is not the la
 written to a temporary folder and renamed, so a killed run goes on behind the last whole one. `cache.json` says what was
 encoded how; a cache made otherwise is refused with what differs.
 
-    CACHE/cache.json   CACHE/train/00000/ ...   CACHE/validation/00000/ ...
+    CACHE/cache.json   CACHE/train/00000/{shard.json, ...}   CACHE/validation/00000/ ...
+
+Every opening reads the whole cache once and compares it with the checksums in `shard.json`: what rots on a disk changes
+no date, so that a check of the first opening would find nothing. They are CRC-32, which is made for such errors and
+takes 12 s for the 50 GB of ImageNet (SHA-256: 60 s); the pages are then in memory for the first epoch.
 """
 
 import dataclasses
@@ -13,7 +17,9 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +53,8 @@ def encode(
     batch_size: int = 64,
     device: str = "cpu",
 ) -> Path:
-    """Writes the latent cache that `data.latent_cache` names, and returns it; goes on where a killed call stopped.
+    """Writes the latent cache that `data.latent_cache` names, and returns it; goes on where a killed call stopped, and
+    writes shards again that are missing or damaged.
 
     Args:
         data, autoencoder: a run's sections; they decide what is written.
@@ -77,28 +84,39 @@ def encode(
         "class_names": splits.class_names,
         "images_per_shard": IMAGES_PER_SHARD,
     }
+    checksums = True
     if (folder / "cache.json").is_file():
-        _refuse_other(folder, _read_record(folder), record)
+        found = _read_record(folder)
+        _refuse_other(folder, found, record)
+        checksums = found.get("checksums", False)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_record(folder, record)
-    tables = (splits.train, splits.validation)
-    num_skipped = sum(_encode_split(data, vae, table, folder / table.name, batch_size) for table in tables)
+        _write_record(folder, record | {"checksums": True})
+    num_skipped = 0
+    for table in (splits.train, splits.validation):
+        num_skipped += _encode_split(data, vae, table, folder / table.name, batch_size, checksums)
     if num_skipped:
         warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
-    _write_record(folder, record | {"complete": True})
+    _write_record(folder, record | {"checksums": True, "complete": True})
     return folder
 
 
-def _encode_split(data: DataConfig, vae: ModelMixin, table: ImageTable, folder: Path, batch_size: int) -> int:
-    """Encodes what is missing of one split, shard by shard; returns how many images were skipped."""
+def _encode_split(
+    data: DataConfig, vae: ModelMixin, table: ImageTable, folder: Path, batch_size: int, checksums: bool
+) -> int:
+    """Encodes what is missing or damaged of one split, shard by shard; returns how many images were skipped.
+
+    `checksums` is false for a cache from before there were any: a readable shard without them gets them.
+    """
     folder.mkdir(exist_ok=True)
     num_skipped = 0
     with tqdm(total=len(table), desc=f"encode {table.name}", unit="image") as progress:
         for number, first in enumerate(range(0, len(table), IMAGES_PER_SHARD)):
             indices = range(first, min(first + IMAGES_PER_SHARD, len(table)))
             shard, unfinished = folder / f"{number:05d}", folder / f"{number:05d}.tmp"
-            if not shard.exists():
+            if not checksums and _is_readable_without_checksums(shard):
+                _write_checksums(shard)
+            elif _damage(shard, checksums=True) is not None:
                 rows, skipped = _encode_rows(data, vae, table, indices, batch_size)
                 num_skipped += skipped
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -107,9 +125,47 @@ def _encode_split(data: DataConfig, vae: ModelMixin, table: ImageTable, folder: 
                 else:
                     with _no_datasets_progress():
                         rows.save_to_disk(unfinished)
+                _write_checksums(unfinished)
+                shutil.rmtree(shard, ignore_errors=True)
                 os.replace(unfinished, shard)
             progress.update(len(indices))
     return num_skipped
+
+
+def _checksums(shard: Path) -> dict[str, int]:
+    """CRC-32 of each of a shard's files, by name; of none, where every image was corrupt."""
+    files = sorted(path for path in shard.iterdir() if path.name not in ("shard.json", "shard.json.tmp"))
+    return {path.name: zlib.crc32(path.read_bytes()) for path in files}
+
+
+def _write_checksums(shard: Path) -> None:
+    replace_text(shard / "shard.json", json.dumps({"crc32": _checksums(shard)}))
+
+
+def _damage(shard: Path, checksums: bool) -> str | None:
+    """What is wrong with a shard, None for a whole one; `checksums`: the cache is not from before there were any."""
+    if not shard.is_dir():
+        return "is missing"
+    if not (checksums or (shard / "shard.json").exists()):
+        return None
+    try:
+        written, found = json.loads((shard / "shard.json").read_text())["crc32"], _checksums(shard)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"cannot be read: {error}"
+    differing = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    return f"is not as it was written: {', '.join(differing)}" if differing else None
+
+
+def _is_readable_without_checksums(shard: Path) -> bool:
+    """Whether this is a shard of before that holds rows; an empty one is written again, be it that all images of it
+    were corrupt or that it was emptied.
+    """
+    if not shard.is_dir() or (shard / "shard.json").exists():
+        return False
+    try:
+        return len(datasets.load_from_disk(str(shard))) > 0
+    except Exception:  # pyarrow and datasets have no common error for a damaged file
+        return False
 
 
 @contextmanager
@@ -177,22 +233,38 @@ class LatentCache:
 def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache:
     """Opens `data.latent_cache` for a run with this data section and autoencoder, and with classes or without.
 
-    Raises ConfigError: no cache there, an unfinished one, or one of other data, views or autoencoder: what differs.
+    Raises ConfigError: no cache there, an unfinished or damaged one, or one of other data, views or autoencoder: what
+    differs.
     """
     folder = Path(data.latent_cache)
     record = _read_record(folder)
     _refuse_other(folder, record, _identity(data, vae, labelled))
     if not record.get("complete"):
         raise ConfigError(f"data.latent_cache={str(folder)!r} is unfinished; `latent-egc encode` goes on with it")
-    splits = []
+    size, splits = record["images_per_shard"], []
     for name in ("train", "validation"):
-        # A shard of which every image was corrupt is an empty folder.
-        shards = [shard for shard in sorted((folder / name).glob("[0-9]" * 5)) if any(shard.iterdir())]
-        if not shards:
+        shards = [folder / name / f"{number:05d}" for number in range(-(-record[f"num_{name}"] // size))]
+        _refuse_damaged(folder, shards, record.get("checksums", False))
+        # A shard of which every image was corrupt holds no rows.
+        filled = [shard for shard in shards if (shard / "dataset_info.json").exists()]
+        if not filled:
             raise ConfigError(f"data.latent_cache={str(folder)!r}: the {name} split holds no readable image")
-        rows = datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in shards])
+        rows = datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in filled])
         splits.append(rows.with_format("numpy"))
     return LatentCache(splits[0], splits[1], record["class_names"])
+
+
+def _refuse_damaged(folder: Path, shards: Sequence[Path], checksums: bool) -> None:
+    """Raises ConfigError, naming the shards, where some are missing or not as they were written."""
+    with ThreadPoolExecutor(max_workers=4) as pool:  # reading and summing both run beside other threads
+        found = pool.map(lambda shard: _damage(shard, checksums), shards)
+        progress = tqdm(found, desc="check latent cache", total=len(shards), unit="shard", leave=False)
+        damaged = [f"{shard} {what}" for shard, what in zip(shards, progress, strict=True) if what is not None]
+    if damaged:
+        shown = "; ".join(damaged[:5]) + (f"; and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        raise ConfigError(
+            f"data.latent_cache={str(folder)!r} is damaged: {shown}. `latent-egc encode` writes these shards again"
+        )
 
 
 class CachedViews(Dataset):
@@ -277,11 +349,19 @@ def _refuse_other(folder: Path, found: dict[str, Any], expected: dict[str, Any])
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "cache.json").read_text())
+        record = json.loads((folder / "cache.json").read_text())
     except FileNotFoundError as error:
         raise ConfigError(
             f"data.latent_cache={str(folder)!r} holds no latent cache; write it with `latent-egc encode CONFIG`"
         ) from error
+    except (OSError, ValueError) as error:
+        record = error
+    if not isinstance(record, dict):
+        raise ConfigError(
+            f"data.latent_cache: {folder / 'cache.json'} is not a cache's record, {str(record)[:100]!r}; without it "
+            "nobody knows what the shards hold: delete the folder and encode again"
+        )
+    return record
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:

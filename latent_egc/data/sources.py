@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from latent_egc.config import ConfigError, DataConfig
+from latent_egc.data.image_folders import folder_splits
 from latent_egc.pipelines.images import load_rgb
 
 IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
@@ -25,13 +26,21 @@ class CorruptImageError(ValueError):
 
 
 def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
-    """An image file as RGB, its EXIF orientation applied. Raises CorruptImageError, which begins with `name`."""
+    """An image file as RGB, its EXIF orientation applied. Raises CorruptImageError, which begins with `name`.
+
+    Above Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS` doubled (179 million), an image counts as corrupt.
+    """
     try:
+        if not isinstance(source, io.BytesIO) and Path(source).exists() and not Path(source).is_file():
+            raise OSError("it is not a regular file")  # reading a FIFO would wait for ever
         with Image.open(source) as image:
-            return load_rgb(image)
-    # Pillow's plugins report broken files by any of these.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImageError(f"corrupt image: {name}: {error}") from error
+            image.load()
+            image = load_rgb(image)
+            image.info.pop("exif", None)  # it is applied; a crop of the image would read it, perhaps damaged, again
+            return image
+    # Bytes of strangers: each of Pillow's plugins, and the libraries below them, have their own errors for broken ones.
+    except Exception as error:
+        raise CorruptImageError(f"corrupt image: {name}: {error or type(error).__name__}") from error
 
 
 @dataclass
@@ -61,6 +70,14 @@ class ImageTable:
         if stored["path"]:
             name += f" ({stored['path']})"
         return read_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), name)
+
+    def is_readable(self, index: int) -> bool:
+        """Whether the image of row `index` can be decoded."""
+        try:
+            self.image(index)
+        except CorruptImageError:
+            return False
+        return True
 
 
 @dataclass
@@ -127,14 +144,16 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
     builders = ("imagefolder", "parquet", "arrow", "webdataset")
     if config.dataset in builders and config.data_dir is None and config.data_files is None:
         raise ConfigError(f"data.dataset={config.dataset!r} needs data.data_dir or data.data_files")
-    splits = []
+    files, splits = config.data_files, []
+    if files is None and config.dataset == "imagefolder":
+        files = folder_splits(Path(config.data_dir), config.validation_split)
     for key, split in (("train_split", config.train_split), ("validation_split", config.validation_split)):
         if split is None:
             splits.append(None)
             continue
         try:
             rows = datasets.load_dataset(
-                config.dataset, config.subset, data_dir=config.data_dir, data_files=config.data_files, split=split
+                config.dataset, config.subset, data_dir=config.data_dir, data_files=files, split=split
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(

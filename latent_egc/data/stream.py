@@ -6,12 +6,11 @@ of (seed, number). A resumed run and any number of processes therefore see the s
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-
-from latent_egc.config import clean_share
 
 # What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
 ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE, KEPT_LABELS = range(6)
@@ -93,6 +92,11 @@ def sample_draws(
         "posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
         "clean_posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
     }
+
+
+def clean_share(clean_fraction: float) -> Fraction:
+    """`objective.clean_fraction` as the fraction that is meant: 0.1 is a tenth."""
+    return Fraction(clean_fraction).limit_denominator(1000)
 
 
 class TrainingSamples(Dataset):

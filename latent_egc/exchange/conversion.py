@@ -9,6 +9,7 @@ from latent_egc.config import AutoencoderConfig, ConfigError
 from latent_egc.data.autoencoders import load_autoencoder
 from latent_egc.models import EnergyModel
 from latent_egc.pipelines import EGCPipeline
+from latent_egc.pipelines.latents import latent_channels
 from latent_egc.pipelines.schedulers import default_scheduler
 
 
@@ -26,7 +27,7 @@ def write_pipeline(
         CheckpointError: writing failed.
     """
     vae = load_autoencoder(autoencoder)
-    channels = 3 if vae is None else vae.config.latent_channels
+    channels = latent_channels(vae)
     if channels != model.config.in_channels:
         raise ConfigError(
             f"autoencoder={autoencoder.path!r} makes latents of {channels} channels, the network takes "

@@ -1,23 +1,17 @@
-"""Export: one self-contained folder that loads with latent-egc installed and without it.
+"""Export: a run's pipeline as one self-contained folder, with a model card.
 
-The folder holds the weights, the code files of the energy network and the pipeline (they import torch, diffusers and
-the standard library only), and a model card with the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses the
-installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` uses the code beside the weights.
+Saving a pipeline puts the code files of the energy network and the pipeline beside the weights (they import torch,
+diffusers and the standard library only); the card has the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses
+the installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` the code beside the weights.
 """
 
-import inspect
-import json
-import re
 import shutil
-from importlib import import_module
-from importlib.util import resolve_name
 from pathlib import Path
 
-import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from latent_egc import models
 from latent_egc.atomic import check_unoccupied, replace_folder
+from latent_egc.config import read_sections
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
@@ -69,8 +63,7 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
     check_unoccupied(folder)
 
     def write(unfinished: Path) -> None:
-        shutil.copytree(source, unfinished, dirs_exist_ok=True)
-        _add_code(unfinished)
+        EGCPipeline.from_pretrained(source).save_pretrained(unfinished)
         _add_card(unfinished, run, source, push_to_hub or folder.name)
 
     replace_folder(folder, write)
@@ -81,50 +74,11 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
     return folder
 
 
-def _add_code(folder: Path) -> None:
-    """Puts the code files beside the weights and names them in model_index.json as diffusers wants it."""
-    index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text())
-    class_name = index["energy_model"][1]
-    backbone = getattr(models, class_name).__module__
-    for module, place in ((backbone, folder / "energy_model"), (EGCPipeline.__module__, folder)):
-        (place / f"{_stem(module)}.py").write_text(bundle(module))
-    index["_class_name"] = [_stem(EGCPipeline.__module__), EGCPipeline.__name__]
-    index["energy_model"] = [_stem(backbone), class_name]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _stem(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def bundle(module: str, included: set[str] | None = None) -> str:
-    """A module's source, behind that of the modules of this package that it imports, each once, in order of need.
-
-    One file, because diffusers downloads none but the one that model_index.json names. A test keeps such imports to
-    the forms `from .x import NAME` and `from latent_egc.ROOM.x import NAME`, one line each.
-
-    Args:
-        module: its dotted name.
-        included: modules that are there already; those that are added here join them.
-    """
-    included = set() if included is None else included
-    included.add(module)
-    own, bundled = [], ""
-    for line in inspect.getsource(import_module(module)).splitlines(keepends=True):
-        imported = re.match(r"from (\.\w+|latent_egc\.[\w.]+) import ", line)
-        if imported is None:
-            own.append(line)
-        elif (name := resolve_name(imported[1], module.rpartition(".")[0])) not in included:
-            bundled += bundle(name, included)
-    return bundled + f"# {module.replace('.', '/')}.py\n" + "".join(own) + "\n\n"
-
-
 def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
     """Writes README.md: what the model is, how to use it, what was measured, the run's configuration, its samples."""
     config_file, metrics_file = run / "config.yaml", run / "metrics.jsonl"
     config_text = config_file.read_text() if config_file.is_file() else ""
-    config = yaml.safe_load(config_text) or {}
+    config = read_sections(config_file) if config_text else {}
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
     if (source.parent / "checkpoint.json").is_file():  # an unfinished run: only what was known at its checkpoint
         step = read_record(source.parent).global_step

@@ -31,23 +31,14 @@ RESNET_NAMES = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-TRANSFORMER_NAMES = {
-    "norm": "norm",
-    "proj_in": "proj_in",
-    "norm1": "transformer_blocks.0.norm1",
-    "attn1.to_q": "transformer_blocks.0.attn1.to_q",
-    "attn1.to_k": "transformer_blocks.0.attn1.to_k",
-    "attn1.to_v": "transformer_blocks.0.attn1.to_v",
-    "attn1.to_out": "transformer_blocks.0.attn1.to_out.0",
-    "norm2": "transformer_blocks.0.norm2",
-    "attn2.to_q": "transformer_blocks.0.attn2.to_q",
-    "attn2.to_k": "transformer_blocks.0.attn2.to_k",
-    "attn2.to_v": "transformer_blocks.0.attn2.to_v",
-    "attn2.to_out": "transformer_blocks.0.attn2.to_out.0",
-    "norm3": "transformer_blocks.0.norm3",
-    "ff.net.0.proj": "transformer_blocks.0.ff.net.0.proj",
-    "ff.net.2": "transformer_blocks.0.ff.net.2",
-    "proj_out": "proj_out",
+TRANSFORMER_NAMES = {name: name for name in ("norm", "proj_in", "proj_out")}
+TRANSFORMER_NAMES |= {
+    name: f"transformer_blocks.0.{name}" for name in ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")
+}
+TRANSFORMER_NAMES |= {
+    f"attn{number}.{own}": f"transformer_blocks.0.attn{number}.{their}"
+    for number in (1, 2)
+    for own, their in {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}.items()
 }
 
 
@@ -145,15 +136,23 @@ def egc_unet(
         CheckpointError: the tensors are not those of such a U-Net.
         ValueError: an argument does not fit the network.
     """
-    architecture = _egc_architecture({name: tuple(tensor.shape) for name, tensor in tensors.items()}, has_classes)
-    width = tensors["middle_block.1.proj_in.weight"].shape[0]  # of every transformer
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    architecture = _egc_architecture(shapes, has_classes)
+    width = shapes["middle_block.1.proj_in.weight"][0]  # of every transformer
     if num_attention_heads < 1 or width % num_attention_heads:
         raise ValueError(f"num_attention_heads must divide the transformers' width {width}, got {num_attention_heads}")
     heads = {"num_attention_heads": num_attention_heads, "attention_head_dim": width // num_attention_heads}
     with torch.device("meta"):  # names and shapes only: the weights are those of the checkpoint
         unet = EGCUNet(gaussian_part=False, **architecture, **heads, **options)
     names = egc_names(unet)
-    _check_tensors(tensors, {names[name]: tuple(place.shape) for name, place in unet.state_dict().items()})
+    expected = {names[name]: tuple(place.shape) for name, place in unet.state_dict().items()}
+    misshapen = [name for name in expected if name in shapes and shapes[name] != expected[name]]
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "wrong shape": [f"{name} {shapes[name]} instead of {expected[name]}" for name in misshapen],
+    }
+    refuse_tensors("the U-Net that its names imply", faults)
     unet.load_state_dict({name: tensors[names[name]].float() for name in names}, assign=True)
     return unet.eval()
 
@@ -192,11 +191,8 @@ def egc_names(unet: EGCUNet) -> dict[str, str]:
             modules[f"upsamplers.{step}.conv"] = f"{theirs}.{1 if block.attention is None else 2}.conv"
             number += 1
 
-    names = {}
-    for name in unet.state_dict():
-        module, _, parameter = name.rpartition(".")
-        names[name] = f"{modules[module]}.{parameter}"
-    return names
+    parts = (name.rpartition(".") for name in unet.state_dict())
+    return {f"{module}.{parameter}": f"{modules[module]}.{parameter}" for module, _, parameter in parts}
 
 
 def _egc_architecture(shapes: Mapping[str, tuple[int, ...]], has_classes: bool) -> dict[str, Any]:
@@ -233,19 +229,3 @@ def _egc_architecture(shapes: Mapping[str, tuple[int, ...]], has_classes: bool) 
             level for level, blocks in enumerate(levels) if ("input_blocks", str(blocks[0]), "1", "norm") in members
         ),
     }
-
-
-def _check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError, which names the tensors, unless names and shapes are the expected ones."""
-    refuse_tensors(
-        "the U-Net that its names imply",
-        {
-            "missing": [name for name in expected if name not in tensors],
-            "unexpected": [name for name in tensors if name not in expected],
-            "wrong shape": [
-                f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-                for name, shape in expected.items()
-                if name in tensors and tuple(tensors[name].shape) != shape
-            ],
-        },
-    )

@@ -33,12 +33,9 @@ class PixelClassifier(nn.Module):
 
 
 class DenoisedClassifier(PixelClassifier):
-    """Noise the latents, denoise them in one step, classify; probabilities are the mean over fresh draws of noise.
+    """Noise the latents to `timestep`, denoise them in one step, classify.
 
-    Args:
-        pipeline: whose network denoises and classifies.
-        timestep: how much noise.
-        num_draws: of the noise, in each forward pass.
+    Probabilities are the mean over `num_draws` fresh draws of noise in each forward pass.
     """
 
     def __init__(self, pipeline: EGCPipeline, timestep: int, num_draws: int) -> None:
@@ -48,23 +45,17 @@ class DenoisedClassifier(PixelClassifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, K), the logarithm of the mean probabilities."""
         model, latents = self.energy_model, self.pipeline.encode(2 * images - 1)
-        noise = torch.randn(
-            len(latents), self.num_draws, *latents.shape[1:], device=latents.device, dtype=latents.dtype
-        )
+        shape = (len(latents), self.num_draws, *latents.shape[1:])
+        noise = torch.randn(shape, device=latents.device, dtype=latents.dtype)
         return denoised_log_probabilities(energy_potential(model), model, latents, noise, self.timestep)
 
 
 @dataclass(frozen=True)
 class Threat:
-    """How far an attack may move an image.
+    """How far an attack may move an image with values in [0, 1]."""
 
-    Args:
-        norm: "l_inf" or "l_2", over all pixels and channels of an image with values in [0, 1].
-        eps: the largest norm of the change.
-    """
-
-    norm: Literal["l_inf", "l_2"]
-    eps: float
+    norm: Literal["l_inf", "l_2"]  # over all pixels and channels
+    eps: float  # the largest norm of the change
 
     @property
     def eps_text(self) -> str:
@@ -84,10 +75,9 @@ class Attacker:
     """A classifier under attack: attacks maximise its cross entropy within a threat, AutoAttack also other losses.
 
     Args:
-        network: images (N, 3, H, W) in [0, 1] to logits (N, K).
+        network: images (N, 3, H, W) in [0, 1] to logits (N, K), on `device`.
         shape: (3, H, W).
         num_classes: K.
-        device: on which the network stands.
 
     Raises:
         ConfigError: no gradient reaches the pixels, or the library is not installed.
@@ -100,9 +90,8 @@ class Attacker:
             from art.attacks import evasion
             from art.estimators.classification import PyTorchClassifier
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
-            ) from error
+            message = f"--suite robustness needs one more package ({error}): pip install 'latent-egc[eval]'"
+            raise ConfigError(message) from error
         self.attacks = evasion
         self.classifier = PyTorchClassifier(
             network,
@@ -156,10 +145,8 @@ class Attacker:
 
     def fgsm(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
         """One step along the gradient's sign, or its direction for l_2 (Goodfellow et al., ICLR 2015)."""
-        attack = self.attacks.FastGradientMethod(
-            self.classifier, norm=threat.order, eps=threat.eps, batch_size=len(images)
-        )
-        return attack.generate(images, labels)
+        shared = {"norm": threat.order, "eps": threat.eps, "batch_size": len(images)}
+        return self.attacks.FastGradientMethod(self.classifier, **shared).generate(images, labels)
 
     def pgd(
         self, images: np.ndarray, labels: np.ndarray, threat: Threat, num_steps: int, random_start: bool = True
@@ -199,7 +186,5 @@ class Attacker:
             for loss, steps in schedule
         ]
         attacks.append(self.attacks.SquareAttack(self.classifier, max_iter=num_queries, p_init=0.8, **shared))
-        attack = self.attacks.AutoAttack(
-            self.classifier, norm=threat.order, eps=threat.eps, attacks=attacks, batch_size=len(images)
-        )
-        return attack.generate(images, labels)
+        del shared["verbose"]
+        return self.attacks.AutoAttack(self.classifier, attacks=attacks, **shared).generate(images, labels)

@@ -89,7 +89,7 @@ def make_workload(config: Config, device: torch.device, class_embedding: bool = 
         timesteps=timesteps,
         class_labels=torch.randint(model.config.num_classes, (batch_size,), device=device),
         label_dropped=torch.arange(batch_size, device=device) % 2 == 0,
-        mixed_precision=config.training.mixed_precision,
+        mixed_precision=config.training.mixed_precision or "no",
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -57,10 +58,10 @@ class StudyContext:
         image_size: its images' height and width; that of `data` gives way to it.
         data: the dataset. The validation split is judged.
         num_classes: as `load_splits` takes it.
-        settings: of the study.
-        accelerator: the processes.
+        settings, accelerator: of the study, and the processes.
 
     Attributes:
+        class_names: the dataset's, in the order of their ids; empty where labels play no part.
         rows, labels: (M,), the judged rows of the validation split, and their labels.
         parts: where the running suite keeps the parts of its long steps until it is finished; None: nowhere.
 
@@ -85,23 +86,22 @@ class StudyContext:
         self.parts: Path | None = None
         self.data = dataclasses.replace(data, image_size=image_size)
         self.splits = load_splits(self.data, num_classes)
+        self.class_names = self.splits.class_names
         self.rows = self.rows_of(self.splits.validation, settings.num_images)
         self.labels = self.splits.validation.labels[self.rows]
 
     def rows_of(self, table: ImageTable, count: int | None) -> np.ndarray:
-        """`count` of a split's rows, of the labelled ones where there are classes. Raises ConfigError: too few."""
+        """`count` of a split's rows, of the labelled ones where there are classes, less corrupt ones if they may be.
+
+        Raises ConfigError: too few.
+        """
         rows = np.flatnonzero(table.labels >= 0) if self.class_names else np.arange(len(table))
-        rows = self.choose(rows, count)
+        rows = self.readable(table, self.choose(rows, count), self.data.skip_corrupt)
         if len(rows) < self.fewest_images:
             raise ConfigError(
                 f"{len(rows)} labelled images of the {table.name} split, at least {self.fewest_images} are needed"
             )
         return rows
-
-    @property
-    def class_names(self) -> list[str]:
-        """The dataset's, in the order of their ids; empty where labels play no part."""
-        return self.splits.class_names
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +131,26 @@ class StudyContext:
         if count is None or count >= len(rows):
             return rows
         return np.sort(np.random.default_rng(self.settings.seed).choice(rows, count, replace=False))
+
+    def readable(self, table: ImageTable, rows: np.ndarray, skip_corrupt: bool) -> np.ndarray:
+        """The rows of a split, less those of corrupt images where `skip_corrupt`, with a warning that counts them.
+
+        They are all decoded for it, as every suite must see the same rows; for every process to call.
+        """
+        if not skip_corrupt or len(rows) == 0:
+            return rows
+
+        def whole(positions: range) -> torch.Tensor:
+            return torch.tensor([table.is_readable(int(rows[position])) for position in positions])
+
+        kept = rows[self.over(len(rows), whole, "look for corrupt images").numpy()]
+        if len(kept) < len(rows):
+            skipped = sorted({*rows.tolist()}.difference(kept.tolist()))
+            warnings.warn(
+                f"skipped {len(skipped)} corrupt images of the {table.name} split, the first is row {skipped[0]}",
+                stacklevel=2,
+            )
+        return kept
 
     def pixel_values(self, table: ImageTable, rows: Sequence[int]) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] on the device: the centre crops of some rows of a split."""
@@ -189,16 +209,12 @@ class StudyContext:
         return torch.cat(results)
 
     def with_interval(
-        self,
-        statistic: Callable[..., float],
-        *samples: np.ndarray | torch.Tensor,
-        percent: bool = False,
-        strata: np.ndarray | None = None,
+        self, statistic: Callable[..., float], *samples: np.ndarray | torch.Tensor, **options: Any
     ) -> Metric:
-        """`bootstrapped` with this study's settings."""
+        """`bootstrapped` with this study's settings; options are its `percent` and `strata`."""
         arrays = [sample.numpy() if torch.is_tensor(sample) else sample for sample in samples]
         num_resamples, seed = self.settings.num_resamples, self.settings.seed
-        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, percent=percent, strata=strata)
+        return bootstrapped(statistic, *arrays, num_resamples=num_resamples, seed=seed, **options)
 
     def accuracy(self, correct: np.ndarray) -> Metric:
         """The mean of (M,) shares, zeros and ones for example, with its interval, as a percentage."""
@@ -211,8 +227,10 @@ class EvaluationContext(StudyContext):
     Args:
         pipeline: on the accelerator's device.
         data: the dataset; its `image_size` gives way to the pipeline's. The validation split is evaluated.
-        settings: of the evaluation.
-        accelerator: the processes that share the work.
+        settings, accelerator: as for `StudyContext`.
+
+    Attributes:
+        num_classes: K, None for an unlabelled model.
 
     Raises:
         ConfigError: the dataset cannot be used with this pipeline.
@@ -222,6 +240,7 @@ class EvaluationContext(StudyContext):
         self, pipeline: EGCPipeline, data: DataConfig, settings: StudySettings, accelerator: Accelerator
     ) -> None:
         self.pipeline, self.model = pipeline, pipeline.energy_model
+        self.num_classes: int | None = self.model.config.num_classes
         super().__init__(self.model, pipeline.image_size, data, self.num_classes, settings, accelerator)
         expected = [name for _, name in sorted(pipeline.id2label.items())]
         if self.class_names != expected:
@@ -233,17 +252,11 @@ class EvaluationContext(StudyContext):
             )
 
     @property
-    def num_classes(self) -> int | None:
-        """K, None for an unlabelled model."""
-        return self.model.config.num_classes
-
-    @property
     def fingerprint(self) -> str:
-        """See `StudyContext.fingerprint`."""
         return f"{fingerprint(self.model)} with {fingerprint(self.pipeline.vae)}"
 
     def identity(self) -> dict[str, Any]:
-        """See `StudyContext.identity`; before this entry stood in reports, noise was drawn by an image's position."""
+        # Before this entry stood in reports, noise was drawn by an image's position.
         return super().identity() | {"noise": "by seed and row"}
 
     def require_classes(self, suite: str) -> None:

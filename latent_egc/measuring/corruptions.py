@@ -124,9 +124,6 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, rng: np.random.Generat
     return (255 * corrupted.clip(0, 1) + 1e-6).astype(np.uint8)
 
 
-# --- noise ----------------------------------------------------------------------------------------------------------
-
-
 def gaussian_noise(x: np.ndarray, rng: np.random.Generator, sigma: float) -> np.ndarray:
     """Normal noise, as of a sensor in low light."""
     return x + sigma * rng.standard_normal(x.shape)
@@ -140,9 +137,6 @@ def shot_noise(x: np.ndarray, rng: np.random.Generator, photons: float) -> np.nd
 def impulse_noise(x: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarray:
     """Salt and pepper, in each channel for itself."""
     return np.where(rng.random(x.shape) < share, rng.integers(0, 2, x.shape), x)
-
-
-# --- blur -----------------------------------------------------------------------------------------------------------
 
 
 def defocus_blur(x: np.ndarray, rng: np.random.Generator, radius: float, blur: float) -> np.ndarray:
@@ -217,9 +211,6 @@ def _zoomed(x: np.ndarray, factor: float) -> np.ndarray:
     return np.einsum("ip,jq,pqc->ijc", matrix, matrix, x, optimize=True)
 
 
-# --- weather --------------------------------------------------------------------------------------------------------
-
-
 def snow(x: np.ndarray, rng: np.random.Generator, *parameters: float) -> np.ndarray:
     """A whitened image under two layers of falling flakes, one the other turned round."""
     mean, deviation, factor, threshold, radius, sigma, weight = parameters
@@ -272,9 +263,6 @@ def _plasma(side: int, decay: float, rng: np.random.Generator) -> np.ndarray:
         heights, amplitude = finer, amplitude / decay**2
     heights -= heights.min()
     return (heights / heights.max())[:side, :side]
-
-
-# --- digital --------------------------------------------------------------------------------------------------------
 
 
 def contrast(x: np.ndarray, rng: np.random.Generator, factor: float) -> np.ndarray:

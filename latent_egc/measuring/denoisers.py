@@ -18,7 +18,7 @@ from latent_egc.data.autoencoders import encode_moments, fingerprint, latents_fr
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.models.noise_schedule import add_noise
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.images import vae_scale_factor
+from latent_egc.pipelines.latents import latent_channels, vae_scale_factor
 from latent_egc.training.checkpoints import resolve_pipeline
 
 # A block's feature map (N, D, h, w) -> what takes its place.
@@ -54,10 +54,10 @@ class Denoiser:
         size, self.channels = network.config.sample_size, network.config.in_channels
         if not isinstance(size, int):
             raise ConfigError(f"{source}: {type(network).__name__} needs a square sample_size, got {size!r}")
-        latent_channels = 3 if vae is None else vae.config.latent_channels
-        if self.channels != latent_channels:
+        expected = latent_channels(vae)
+        if self.channels != expected:
             what = "pixels, as there is no autoencoder," if vae is None else f"latents of {type(vae).__name__}"
-            raise ConfigError(f"{source}: the network takes {self.channels} channels, {what} have {latent_channels}")
+            raise ConfigError(f"{source}: the network takes {self.channels} channels, {what} have {expected}")
         if vae is not None:
             vae.eval().requires_grad_(False)
         self.sample_size = size
@@ -75,12 +75,10 @@ class Denoiser:
 
         A transformer, which has no levels, joins its second half's blocks to the first half's, mirrored.
         """
-        names = list(self.blocks)
-        if any(name.startswith("block.") for name in names):
-            layers = [name for name in names if name.startswith("block.")]
+        if layers := [name for name in self.blocks if name.startswith("block.")]:
             return [(layers[-1 - i], layers[i]) for i in range(len(layers) // 2)]
         last: dict[str, dict[str, str]] = {"up": {}, "down": {}}
-        for name in names:
+        for name in self.blocks:
             side, *place = name.split(".")
             if side in last:
                 last[side][place[0]] = name
@@ -158,7 +156,11 @@ def _blocks(network: ModelMixin) -> dict[str, nn.Module]:
             raise ConfigError(
                 "a UNet2DModel with class embedding has no null label; it cannot be probed without labels"
             )
-        down, up = ([_layers(level) for level in levels] for levels in (network.down_blocks, network.up_blocks))
+        # Of a level's layers an attention's output, where one follows the ResNet block.
+        down, up = (
+            [list(getattr(level, "attentions", None) or level.resnets) for level in levels]
+            for levels in (network.down_blocks, network.up_blocks)
+        )
         mid = [] if network.mid_block is None else [network.mid_block]
     else:
         raise ConfigError(
@@ -170,11 +172,6 @@ def _blocks(network: ModelMixin) -> dict[str, nn.Module]:
     blocks |= {f"mid.{i}": block for i, block in enumerate(mid)}
     finest_last = zip(reversed(range(len(up))), up, strict=True)
     return blocks | {f"up.{level}.{i}": block for level, layers in finest_last for i, block in enumerate(layers)}
-
-
-def _layers(level: nn.Module) -> list[nn.Module]:
-    """The layers of one level of diffusers' U-Net: an attention's output where one follows the ResNet block."""
-    return list(getattr(level, "attentions", None) or level.resnets)
 
 
 def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
@@ -204,7 +201,7 @@ def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
             network, names = pipeline.energy_model, [name for _, name in sorted(pipeline.id2label.items())]
             return Denoiser(network, pipeline.vae, network.alphas_cumprod, names, place)
         pipeline = DiffusionPipeline.from_pretrained(place).to(device)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{source} cannot be loaded: {error}") from error

@@ -65,7 +65,11 @@ class FeatureCache:
         identity: dict[str, object],
     ) -> None:
         self.denoiser, self.splits, self.settings = denoiser, splits, settings
-        self.blocks = _chosen_blocks(denoiser, settings.blocks)
+        for block in settings.blocks or ():
+            if block not in denoiser.blocks:
+                known = ", ".join(denoiser.blocks)
+                raise ConfigError(f"blocks: the network has no block {block!r}, it has {known}")
+        self.blocks = [block for block in denoiser.blocks if settings.blocks is None or block in settings.blocks]
         for key, t in (("timesteps", t) for t in settings.timesteps):
             if t >= len(denoiser.alphas_cumprod):
                 raise ConfigError(f"{key} must be below {len(denoiser.alphas_cumprod)}, got {t}")
@@ -165,14 +169,6 @@ class FeatureCache:
 
 def _num_shards(num_rows: int) -> int:
     return -(-num_rows // ROWS_PER_SHARD)
-
-
-def _chosen_blocks(denoiser: Denoiser, wanted: tuple[str, ...] | None) -> list[str]:
-    names = list(denoiser.blocks)
-    for block in wanted or ():
-        if block not in names:
-            raise ConfigError(f"blocks: the network has no block {block!r}, it has {', '.join(names)}")
-    return names if wanted is None else [name for name in names if name in wanted]
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -3,6 +3,8 @@
 An extractor is a TorchScript file (images (N, 3, H, W) in [0, 1] to (N, D)), a DINOv2 of transformers by its Hub id or
 folder, or `inception`: the published FID's Inception-v3. A number on other features than these is no FID, so the
 extractor's name stands in the metric's.
+
+A TorchScript file is a program: run, it can write files. A transformers model is weights, read without running code.
 """
 
 from collections.abc import Callable
@@ -29,25 +31,15 @@ TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript", ".jit")
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named function: images (N, 3, H, W) in [0, 1] -> features (N, D).
+    """A named function: images (N, 3, H, W) in [0, 1] -> features (N, D)."""
 
-    Args:
-        name: as it stands in the metrics' names.
-        function: the images' features.
-        to_logits: the classes' logits (N, K) of features, where the extractor is a classifier's trunk.
-    """
-
-    name: str
+    name: str  # as it stands in the metrics' names
     function: Callable[[torch.Tensor], torch.Tensor]
-    to_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+    to_logits: Callable[[torch.Tensor], torch.Tensor] | None = None  # features -> (N, K), of a classifier's trunk
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, D) float32.
-
-        Raises:
-            ConfigError: the extractor returns anything else.
-        """
+        """(N, D) float32. Raises ConfigError: the extractor returns anything else."""
         features = self.function(images)
         if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(images):
             found = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
@@ -56,11 +48,7 @@ class Extractor:
 
 
 def load_torchscript(path: str, key: str, device: torch.device) -> torch.jit.ScriptModule:
-    """A TorchScript module.
-
-    Raises:
-        ConfigError: no such file, or no TorchScript; it names `key` and how to make one.
-    """
+    """A TorchScript module. Raises ConfigError: no such file, or no TorchScript; it names `key` and how to make one."""
     how = "a TorchScript module for images (N, 3, H, W) in [0, 1] is wanted, as torch.jit.save writes it"
     if not Path(path).is_file():
         raise ConfigError(f"{key}: no such weights file: {path}; {how}")

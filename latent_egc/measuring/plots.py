@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 DPI = 130
 
 
-def _axes(width: float = 5.0, height: float = 3.4) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+def _axes() -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(5.0, 3.4), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -46,7 +46,6 @@ def lines(
     Args:
         x: positions of the points, or their names.
         series: name -> values at `x`; the intervals of metrics are drawn as a shade.
-        x_name, y_name: the axes' names.
         y_limits: of the vertical axis, None: by the data.
         level: a horizontal line's height and its name.
     """
@@ -107,16 +106,14 @@ def heat_map(
     """A matrix as coloured, numbered cells.
 
     Args:
-        values: (R, C).
+        values: (R, C), shown with so many `decimals`.
         row_names, column_names: R and C of them.
         names: of the rows' axis, the columns' axis and the values.
         marked: row and column of a cell that is framed.
-        decimals: of the numbers in the cells.
     """
     num_rows, num_columns = values.shape
-    figure, axes = plt.subplots(
-        figsize=(min(12.0, 2.6 + 0.56 * num_columns), min(12.0, 1.4 + 0.34 * num_rows)), layout="constrained"
-    )
+    size = (min(12.0, 2.6 + 0.56 * num_columns), min(12.0, 1.4 + 0.34 * num_rows))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(values, cmap="viridis", aspect="auto")
     figure.colorbar(image, ax=axes, label=names[2])
     axes.set(ylabel=names[0], xlabel=names[1])
@@ -128,9 +125,8 @@ def heat_map(
         color = "white" if value < middle else "black"
         axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=7, color=color)
     if marked is not None:
-        axes.add_patch(
-            plt.Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2)
-        )
+        corner = (marked[1] - 0.5, marked[0] - 0.5)
+        axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
     return _png(figure)
 
 
@@ -141,15 +137,8 @@ def reliability_diagram(edges: np.ndarray, bins: Mapping[str, tuple[np.ndarray, 
         edges: (B + 1,), of the confidence bins.
         bins: title -> mean confidence, accuracy and count (B,) of each bin; NaN in an empty one.
     """
-    figure, panels = plt.subplots(
-        2,
-        len(bins),
-        figsize=(3.6 * len(bins), 4.2),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        height_ratios=(3, 1),
-    )
+    size, grid = (3.6 * len(bins), 4.2), {"squeeze": False, "sharex": True, "height_ratios": (3, 1)}
+    figure, panels = plt.subplots(2, len(bins), figsize=size, layout="constrained", **grid)
     centres, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
     for (upper, lower), (title, (confidence, accuracy, count)) in zip(panels.T, bins.items(), strict=True):
         upper.bar(centres, accuracy, width * 0.94, color="tab:blue", alpha=0.75, label="accuracy")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +85,6 @@ class ProbeContext(StudyContext):
 
     @property
     def fingerprint(self) -> str:
-        """See `StudyContext.fingerprint`."""
         return self.denoiser.fingerprint
 
     def prepare(self, suites: Sequence[str]) -> None:
@@ -98,8 +98,7 @@ class ProbeContext(StudyContext):
 
     def standardised(self, place: Place) -> tuple[np.ndarray, np.ndarray]:
         """Training and validation features (N, D, p, p) with the training features' mean 0 and deviation 1."""
-        train, validation = standardised(self.features("train", place), self.features("validation", place))
-        return train, validation
+        return tuple(standardised(self.features("train", place), self.features("validation", place)))
 
     def probe(self, place: Place) -> tuple[ProbeScore, np.ndarray]:
         """The linear probe there: its score and its predictions of the validation rows."""
@@ -111,7 +110,11 @@ class ProbeContext(StudyContext):
         """The linear probe's score, remembered on disk: a killed heat map goes on behind its last cell."""
         values = json.dumps([dataclasses.asdict(self.settings.linear), self.settings.seed])
         path = self.cache.folder / f"scores_{hashlib.sha256(values.encode()).hexdigest()[:8]}.json"
-        scores = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            scores = dict(json.loads(path.read_text())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            warnings.warn(f"{path} is damaged, its scores are computed anew: {error}", stacklevel=2)
+            scores = {}
         if str(place) not in scores:
             scores[str(place)] = dataclasses.asdict(self.probe(place)[0])
             replace_text(path, json.dumps(scores, indent=1))
@@ -120,8 +123,8 @@ class ProbeContext(StudyContext):
     @cached_property
     def scores(self) -> dict[Place, ProbeScore]:
         """The heat map: every block at every timestep, at `heatmap.pooling`."""
-        settings = self.settings
-        places = [Place(b, t, settings.heatmap.pooling) for t in settings.timesteps for b in self.cache.blocks]
+        p = self.settings.heatmap.pooling
+        places = [Place(b, t, p) for t in self.settings.timesteps for b in self.cache.blocks]
         return {place: self.score(place) for place in tqdm(places, desc="linear probes", leave=False)}
 
     @cached_property
@@ -138,12 +141,10 @@ class ProbeContext(StudyContext):
         settings = self.settings
         if settings.block is not None and settings.timestep is not None:
             return Place(settings.block, settings.timestep, settings.heatmap.pooling)
-        allowed = {
-            place: score
-            for place, score in self.scores.items()
-            if settings.block in (None, place.block) and settings.timestep in (None, place.timestep)
-        }
-        return best(allowed)
+        allowed = [
+            p for p in self.scores if settings.block in (None, p.block) and settings.timestep in (None, p.timestep)
+        ]
+        return best({place: self.scores[place] for place in allowed})
 
     @cached_property
     def place(self) -> Place:

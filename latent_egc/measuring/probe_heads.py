@@ -29,17 +29,11 @@ class LinearSettings:
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What a linear probe reached.
+    """What a linear probe reached."""
 
-    Args:
-        held_out: accuracy on the held-out training rows, with which everything is chosen.
-        accuracy: on the validation rows, after refitting on all training rows.
-        c: the chosen inverse strength of the penalty.
-    """
-
-    held_out: float
-    accuracy: float
-    c: float
+    held_out: float  # accuracy on the held-out training rows, with which everything is chosen
+    accuracy: float  # on the validation rows, after refitting on all training rows
+    c: float  # the chosen inverse strength of the penalty
 
 
 def standardised(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
@@ -52,11 +46,8 @@ def standardised(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 def fit_logistic(features: np.ndarray, labels: np.ndarray, c: float, max_iter: int) -> LogisticRegression:
     """Multinomial logistic regression by L-BFGS: sum of the rows' losses + |W|^2 / 2c.
 
-    Args:
-        features: (N, ...), standardised.
-        labels: (N,) of at least two classes.
-        c: inverse strength of the penalty.
-        max_iter: a fit that has not converged by then is used as it is.
+    Features (N, ...) are standardised, labels (N,) of at least two classes; a fit that has not converged after
+    `max_iter` iterations is used as it is.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -93,8 +84,7 @@ def linear_probe(
     Args:
         train, test: (N, ...) and (M, ...), any features.
         train_labels, test_labels: (N,) and (M,).
-        config: of the probe.
-        seed: of the held-out rows.
+        config, seed: of the probe, and of the held-out rows.
 
     Returns:
         The score, and the predicted labels (M,) of `test`.
@@ -201,10 +191,9 @@ def train_head(
         head: takes the `inputs`' batches, returns logits (N, K).
         inputs: (N, ...) each, row i of all of them belonging together.
         labels: (N,) int64.
-        settings: epochs, batch size, learning rates; the rate falls to 0 on a cosine.
+        settings: epochs (unless `epochs` are given), batch size, learning rates; the rate falls to 0 on a cosine.
         seed: of the order.
         optimizer: AdamW, or SGD with momentum 0.9.
-        epochs: instead of the settings'.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     device, epochs = parameters[0].device, epochs or settings.epochs

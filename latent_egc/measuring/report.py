@@ -7,6 +7,7 @@ FOLDER/report.html      all of it in one self-contained page
 
 import base64
 import json
+from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,8 @@ class Report:
             )
 
     def _read(self) -> None:
-        """Takes over what report.json holds."""
-        path = self.folder / "report.json"
-        if path.exists():
-            self.content = read_content(path)
+        if (self.folder / "report.json").exists():
+            self.content = read_content(self.folder / "report.json")
 
     def settings_of(self, suite: str) -> dict[str, Any] | None:
         """With what a finished suite was measured; None for one that is not there."""
@@ -71,19 +70,15 @@ class Report:
             "num_samples": result.num_samples,
             "seconds": round(seconds, 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "metrics": {name: _metric_record(metric) for name, metric in result.metrics.items()},
-            "tables": [{"title": t.title, "columns": t.columns, "rows": _plain(t.rows)} for t in result.tables],
+            "metrics": _plain(result.metrics),
+            "tables": _plain(result.tables),
             "figures": figures,
             "notes": result.notes,
             "settings": _plain(settings),
             "versions": versions,
         }
         replace_text(self.folder / "report.json", json.dumps(self.content, indent=1))
-        self.write_html()
-
-    def write_html(self) -> None:
-        """Draws report.html from what report.json and the pictures say."""
-        replace_text(self.folder / "report.html", _page(self.content, self.folder, self.with_data_images))
+        draw_page(self.folder, self.with_data_images)
 
     def table(self) -> str:
         """Every metric of every suite as lines of text."""
@@ -110,7 +105,7 @@ def read_content(path: Path) -> dict[str, Any]:
 
 
 def draw_page(path: Path, with_data_images: bool = True) -> Path:
-    """Draws the page of a report, finished at whatever time, anew.
+    """Draws the self-contained page of a report, finished at whatever time.
 
     Args:
         path: the report's folder, or its JSON file, whatever that is called. The pictures are looked for in figures/
@@ -124,38 +119,25 @@ def draw_page(path: Path, with_data_images: bool = True) -> Path:
         ConfigError: no report there.
     """
     path = path / "report.json" if path.is_dir() else path
-    page = path.with_suffix(".html")
-    replace_text(page, _page(read_content(path), path.parent, with_data_images))
-    return page
-
-
-def _page(content: dict[str, Any], folder: Path, with_data_images: bool) -> str:
-    """The self-contained page of a report whose pictures lie in `folder`."""
+    content = read_content(path)
 
     def picture(file: str) -> str | None:
-        path = folder / file
-        return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+        place = path.parent / file
+        return base64.b64encode(place.read_bytes()).decode() if place.is_file() else None
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("latent_egc.measuring", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        subject=content["subject"],
-        suites=content["suites"],
+    loader = jinja2.PackageLoader("latent_egc.measuring", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = environment.get_template("report.html.j2").render(
+        content,
         is_shown=lambda figure: with_data_images or not figure.get("shows_data", True),
         picture=picture,
         cell=cell_text,
         metric=read_metric,
         is_number=lambda cell: isinstance(cell, (int, float, dict)),
     )
-
-
-def _metric_record(metric: Metric) -> dict[str, Any]:
-    interval = None if metric.interval is None else list(metric.interval)
-    return {"value": metric.value, "interval": interval, "percent": metric.percent}
+    page = path.with_suffix(".html")
+    replace_text(page, html)
+    return page
 
 
 def read_metric(record: dict[str, Any]) -> Metric:
@@ -174,5 +156,5 @@ def cell_text(cell: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON gives back when it has stored `value`; a metric becomes its record."""
-    return json.loads(json.dumps(value, default=lambda v: _metric_record(v) if isinstance(v, Metric) else v.item()))
+    """What JSON gives back when it has stored `value`; a metric or a table becomes its record."""
+    return json.loads(json.dumps(value, default=lambda v: asdict(v) if is_dataclass(v) else v.item()))

@@ -12,17 +12,11 @@ CONFIDENCE_LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Metric:
-    """One number.
+    """One number."""
 
-    Args:
-        value: as computed on all samples; a share is in [0, 1].
-        interval: bootstrap percentiles of the confidence level around it, None where there is none.
-        percent: whether it is shown as a percentage.
-    """
-
-    value: float
-    interval: tuple[float, float] | None = None
-    percent: bool = False
+    value: float  # as computed on all samples; a share is in [0, 1]
+    interval: tuple[float, float] | None = None  # bootstrap percentiles of the confidence level around it
+    percent: bool = False  # whether it is shown as a percentage
 
     def __str__(self) -> str:
         return f"{100 * self.value:.2f} %" if self.percent else f"{self.value:.5g}"
@@ -57,20 +51,13 @@ class Figure:
 
 @dataclass
 class SuiteResult:
-    """What one suite found.
+    """What one suite found."""
 
-    Args:
-        num_samples: images (or generated samples) that were judged.
-        metrics: name -> number, the main ones first.
-        tables, figures: in the order in which they are shown.
-        notes: what a reader must know to compare the numbers with others.
-    """
-
-    num_samples: int
-    metrics: dict[str, Metric]
-    tables: list[Table] = field(default_factory=list)
+    num_samples: int  # images (or generated samples) that were judged
+    metrics: dict[str, Metric]  # name -> number, the main ones first
+    tables: list[Table] = field(default_factory=list)  # these and the figures in the order in which they are shown
     figures: list[Figure] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a reader must know to compare the numbers with others
 
 
 def bootstrapped(

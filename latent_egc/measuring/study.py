@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,34 +22,18 @@ from latent_egc.config import ConfigError, DataConfig
 from latent_egc.measuring.context import EvaluationContext, StudyContext
 from latent_egc.measuring.denoisers import Denoiser
 from latent_egc.measuring.probe_context import ProbeContext
-from latent_egc.measuring.report import Report
+from latent_egc.measuring.report import Report, draw_page
 from latent_egc.measuring.settings import PlaceSettings, StudySettings, with_sections
-from latent_egc.measuring.suites import (
-    calibration,
-    cka,
-    classification,
-    comparison,
-    corruption,
-    few_shot,
-    fusion,
-    generation,
-    heads,
-    heatmap,
-    likelihood,
-    ood,
-    pooling,
-    robustness,
-)
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import resolve_pipeline
 
 
-def _by_name(*suites: ModuleType) -> dict[str, ModuleType]:
-    return {suite.__name__.rpartition(".")[2]: suite for suite in suites}
+def _suites(names: str) -> dict[str, ModuleType]:
+    return {name: import_module(f"latent_egc.measuring.suites.{name}") for name in names.split()}
 
 
-EVALUATION = _by_name(classification, calibration, generation, robustness, corruption, ood, likelihood)
-PROBING = _by_name(heatmap, pooling, heads, cka, fusion, few_shot, comparison)
+EVALUATION = _suites("classification calibration generation robustness corruption ood likelihood")
+PROBING = _suites("heatmap pooling heads cka fusion few_shot comparison")
 EvaluationSettings = with_sections("EvaluationSettings", StudySettings, EVALUATION)
 ProbeSettings = with_sections("ProbeSettings", PlaceSettings, PROBING)
 PACKAGES = "latent-egc torch diffusers transformers accelerate datasets numpy scipy scikit-learn torchmetrics"
@@ -102,10 +86,8 @@ def probe(
 
     Args:
         denoiser: on the accelerator's device.
-        data: the dataset; its `image_size` gives way to the denoiser's.
-        suites: names, see `PROBING`. Those that the folder's report holds with the same settings are not run again.
-        folder: for report.json, report.html, figures/ and the feature cache, features/.
-        settings: `ProbeSettings`; None: the defaults.
+        data, suites, folder, settings: as for `evaluate`, with `PROBING` and `ProbeSettings`; the feature cache lies
+            in the folder too, as features/.
         accelerator: the processes that compute the features together; the suites are the main one's.
 
     Returns:
@@ -115,8 +97,7 @@ def probe(
         ConfigError: an unknown suite, a dataset without labels, a setting that cannot be used.
     """
     chosen, accelerator = _chosen(suites, PROBING), accelerator or Accelerator()
-    features = Path(folder) / "features"
-    context = ProbeContext(denoiser, data, settings or ProbeSettings(), accelerator, features)
+    context = ProbeContext(denoiser, data, settings or ProbeSettings(), accelerator, Path(folder) / "features")
     return _study(context, chosen, Path(folder), denoiser.source or type(denoiser.network).__name__)
 
 
@@ -160,7 +141,7 @@ def _study(
             shutil.rmtree(unfinished, ignore_errors=True)
         accelerator.print(f"{suite}: {result.num_samples} samples, {seconds:.1f} s")
     if accelerator.is_main_process and report.content["suites"]:
-        report.write_html()  # also where nothing was measured: the pictures that are shown may be others
+        draw_page(folder, with_data_images)  # also where nothing was measured: other pictures may be shown
     if context.runs_on_all_processes:
         accelerator.wait_for_everyone()
     return report
@@ -169,21 +150,17 @@ def _study(
 def _suite_settings(context: StudyContext, suite: str) -> dict[str, Any]:
     """What a suite's numbers depend on: its settings, the images, and the contents of the files that it names."""
     values = context.settings.of_suite(suite)
-    section = values.get(suite)
-    files = _digests(section) if isinstance(section, dict) else {}
-    return values | context.identity() | ({"files": files} if files else {})
-
-
-def _digests(section: dict[str, Any]) -> dict[str, str]:
-    """Path -> SHA-256 of every file that a suite's section of the settings names: weights, data, a pipeline."""
-    values = [v for value in section.values() for v in (value if isinstance(value, tuple) else (value,))]
-    files: list[Path] = []
-    for path in (Path(value) for value in values if isinstance(value, str)):
+    section = values.get(suite)  # for `pooling`, which has none, the setting of that name
+    section = section.values() if isinstance(section, dict) else ()
+    named = [v for value in section for v in (value if isinstance(value, tuple) else (value,))]
+    files: list[Path] = []  # weights, data, a pipeline
+    for path in (Path(value) for value in named if isinstance(value, str)):
         try:
             files += [path] if path.is_file() else sorted(resolve_pipeline(path).rglob("*.safetensors"))
         except FileNotFoundError:
             continue  # neither a file nor a pipeline: a Hub id, or a mistake that the suite itself names
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return values | context.identity() | ({"files": digests} if digests else {})
 
 
 def _versions() -> dict[str, str]:

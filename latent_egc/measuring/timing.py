@@ -20,17 +20,11 @@ NUM_WARM_UP_STEPS = 2
 
 @dataclass(eq=False)
 class Side:
-    """One side of a comparison, and what was measured of it.
+    """One side of a comparison, and what was measured of it."""
 
-    Args:
-        name: for the table.
-        step: what is measured.
-        units: its amount of work, to compare with the other side's; None: not counted.
-    """
-
-    name: str
+    name: str  # for the table
     step: Callable[[], Any]
-    units: int | None = None
+    units: int | None = None  # its amount of work, to compare with the other side's; None: not counted
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     failure: str | None = None
@@ -154,7 +148,6 @@ def table(pairs: Sequence[Pair]) -> str:
 
 
 def _cells(side: Side | None) -> tuple[str, str, str]:
-    """Name, median seconds and peak memory of a side."""
     if side is None:
         return "", "", ""
     if side.median is None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .heads import EnergyOutput, attention_pool, inner_energy, map_energy, with_gaussian_part
@@ -23,6 +25,7 @@ from .noise_schedule import interpolated_levels, noise_schedule
 from .numerics import at_least_float32, twice_differentiable, without_autocast
 from .potentials import Potential, classifier_free_potential, classifier_potential, energy_potential, input_gradient
 from .recomputation import recomputed
+from .weights import check_loaded
 
 # What the class embedding sees where it sees no label.
 NULL_LABEL = -1
@@ -37,7 +40,7 @@ def _repeated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-class EnergyModel(ModelMixin, ConfigMixin):
+class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """What every backbone shares: the noise schedule, the energy and logits of its output, and their derivatives.
 
     A backbone registers the config fields of `EGCUNet`'s first block (sample_size ... beta_schedule), calls
@@ -45,7 +48,20 @@ class EnergyModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    # Both move or cast weights as soon as a layer's forward pass is over; the input gradient still needs them.
+    _supports_group_offloading = False
     gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing`
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """See `ModelMixin.from_pretrained`.
+
+        Raises:
+            ValueError: naming the tensors that are missing, unexpected, of another shape, NaN or infinite.
+        """
+        model, report = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        check_loaded(model, report)
+        return (model, report) if output_loading_info else model
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -55,6 +71,25 @@ class EnergyModel(ModelMixin, ConfigMixin):
         if saved_as != cls.__name__:
             raise ValueError(f"this folder holds an {saved_as}, it cannot be loaded as an {cls.__name__}")
         return loaded
+
+    def enable_layerwise_casting(self, *arguments: Any, **options: Any) -> None:
+        """Raises ValueError: a layer's weights would be cast away before the input gradient has used them."""
+        raise ValueError(
+            f"{type(self).__name__} does not support layerwise casting: its input gradient needs a layer's weights "
+            "after the layer's forward pass; cast the whole network with .to(dtype=...)"
+        )
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Raises ValueError: the kernel follows from how often a pass is differentiated, see `models/attention.py`."""
+        raise ValueError(
+            f"{type(self).__name__} does not support attention backends, got {backend!r}: it runs torch's fused kernel "
+            "where a pass is differentiated once, and kernels with second derivatives elsewhere"
+        )
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compiles the forward pass, as `torch.nn.Module.compile` does, and `epsilon`, which sampling calls."""
+        super().compile(*arguments, **options)
+        self.epsilon = torch.compile(self.epsilon, *arguments, **options)
 
     def network(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
@@ -115,13 +150,15 @@ class EnergyModel(ModelMixin, ConfigMixin):
     def alphas_cumprod(self) -> torch.Tensor:
         """(T,) abar_t on the model's device, float32 (float64 for a float64 model). Not a buffer: no cast ruins it."""
         dtype = torch.promote_types(self.dtype, torch.float32)
+        # Weights on the meta device are offloaded, or only counted.
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
         cached = getattr(self, "_alphas_cumprod", None)
-        if cached is None or cached.dtype != dtype or cached.device != self.device:
+        if cached is None or cached.dtype != dtype or cached.device != device:
             c = self.config
             # Built outside inference mode: an inference tensor in the cache could not be used in training afterwards.
             with torch.inference_mode(False):
                 cached = noise_schedule(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule, dtype)
-                cached = cached.to(self.device)
+                cached = cached.to(device)
             self._alphas_cumprod = cached
         return cached
 
@@ -134,7 +171,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         Returns:
             alpha (N,) and sigma (N,), float32 or float64, alpha^2 + sigma^2 = 1.
         """
-        alphas_cumprod = self.alphas_cumprod
+        alphas_cumprod = self.alphas_cumprod.to(timesteps.device)
         if timesteps.is_floating_point():
             return interpolated_levels(alphas_cumprod, timesteps)
         abar = alphas_cumprod[timesteps]
@@ -147,13 +184,15 @@ class EnergyModel(ModelMixin, ConfigMixin):
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
         class_labels: torch.Tensor | None = None,
-    ) -> EnergyOutput:
+        return_dict: bool = True,
+    ) -> EnergyOutput | tuple[torch.Tensor, ...]:
         """Energy and class logits. Differentiable twice by `noisy_latents` where these require grad.
 
         Args:
             noisy_latents: (N, C, h, w), scaled latents at `timesteps`.
             timesteps: (N,) or a scalar, in [0, num_train_timesteps), integer or float. Clean latents belong to 0.
             class_labels: (N,) int64 in [-1, K), what the class embedding sees; -1 is null. Ignored without one.
+            return_dict: False returns a tuple, (energy, logits), or (energy,) without classes.
 
         Returns:
             `EnergyOutput`: energy (N,) at `class_labels`, logits (N, K) at the null label, or None without classes.
@@ -163,11 +202,14 @@ class EnergyModel(ModelMixin, ConfigMixin):
         """
         with twice_differentiable(torch.is_grad_enabled() and noisy_latents.requires_grad):
             if class_labels is None or not self.config.class_embedding:
-                return self.read_at(noisy_latents, timesteps, [None])[0]
-            # The energy sees the label, the classifier must not.
-            at_label, at_null = self.read_at(noisy_latents, timesteps, [class_labels, None])
-        return EnergyOutput(energy=at_label.energy, logits=at_null.logits)
+                (output,) = self.read_at(noisy_latents, timesteps, [None])
+            else:
+                # The energy sees the label, the classifier must not.
+                at_label, at_null = self.read_at(noisy_latents, timesteps, [class_labels, None])
+                output = EnergyOutput(energy=at_label.energy, logits=at_null.logits)
+        return output if return_dict else output.to_tuple()
 
+    @apply_forward_hook  # offloading moves weights before `forward`, which sampling does not call
     def read_at(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, labels_seen: Sequence[torch.Tensor | None]
     ) -> list[EnergyOutput]:

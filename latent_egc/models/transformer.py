@@ -74,6 +74,9 @@ class EGCTransformer(EnergyModel):
     Source: EGC (ICCV 2023); DiT (ICCV 2023, arXiv 2212.09748).
     """
 
+    _no_split_modules = ["TransformerBlock"]
+    _repeated_blocks = ["TransformerBlock"]
+
     @register_to_config
     def __init__(
         self,

@@ -101,6 +101,9 @@ class EGCUNet(EnergyModel):
     Source: EGC (ICCV 2023); latent-diffusion U-Net of Rombach et al. (CVPR 2022, arXiv 2112.10752).
     """
 
+    _no_split_modules = ["UNetBlock"]
+    _repeated_blocks = ["UNetBlock"]
+
     @register_to_config
     def __init__(
         self,

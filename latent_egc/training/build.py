@@ -5,18 +5,21 @@ The constructor of a backbone is the one list of the keys that `model` may have.
 
 import dataclasses
 import inspect
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from diffusers import ModelMixin
 
-from latent_egc.config import Config, ConfigError, DataConfig, check_folder, parse_fields
+from latent_egc.config import Config, ConfigError, DataConfig, TrainingConfig, check_folder, expanded, parse_fields
 from latent_egc.data.autoencoders import latent_shape, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import load_splits
+from latent_egc.data.stream import clean_share
 from latent_egc.data.views import PixelViews, Views
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.pipelines import EGCPipeline
@@ -39,13 +42,44 @@ def resolve_model(section: Mapping[str, Any]) -> dict[str, Any]:
     fields = {p.name: (p.annotation, None) for p in parameters} | {"init_from": (str | None, None)}
     given = parse_fields(fields, {key: value for key, value in section.items() if key != "backbone"}, "model")
     resolved = {"backbone": backbone, "init_from": None} | {p.name: p.default for p in parameters} | given
+    resolved["init_from"] = expanded(resolved["init_from"], "model.init_from")
     check_folder(resolved["init_from"], "model.init_from")
     return resolved
 
 
+def resolve_training(section: TrainingConfig) -> TrainingConfig:
+    """The section with the launcher's precision and accumulation where it has null, which is where Accelerate's
+    launchers leave them: in the environment.
+
+    Raises:
+        ConfigError: the launcher contradicts the section, or wants what training cannot do.
+    """
+    resolved = {}
+    for key, variable, kind, bounds, default in (
+        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", Literal["no", "bf16"], None, "no"),
+        ("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int, (1, math.inf), "1"),
+    ):
+        given = {variable: yaml.safe_load(os.environ.get(variable, default))}
+        launchers, ours = parse_fields({variable: (kind, bounds)}, given, "")[variable], getattr(section, key)
+        # "no" is also what `accelerate launch` says where nobody chose.
+        if ours is not None and variable in os.environ and launchers not in (ours, "no"):
+            raise ConfigError(
+                f"training.{key}={ours} contradicts the launcher's {variable}={launchers}; set it in one place, "
+                f"training.{key}=null takes the launcher's"
+            )
+        resolved[key] = launchers if ours is None else ours
+    return dataclasses.replace(section, **resolved)
+
+
 def resolve(config: Config) -> Config:
-    """The configuration with its `model` resolved: what config.yaml holds. Raises ConfigError as `resolve_model`."""
-    return dataclasses.replace(config, model=resolve_model(config.model))
+    """What config.yaml holds: the configuration with `resolve_model` and `resolve_training`. Raises ConfigError."""
+    rows = config.training.train_batch_size * clean_share(config.objective.clean_fraction)
+    if rows.denominator != 1:
+        raise ConfigError(
+            "objective.clean_fraction must be a whole number of rows of training.train_batch_size="
+            f"{config.training.train_batch_size}, got {config.objective.clean_fraction}"
+        )
+    return dataclasses.replace(config, model=resolve_model(config.model), training=resolve_training(config.training))
 
 
 def build_network(model: Mapping[str, Any]) -> EnergyModel:

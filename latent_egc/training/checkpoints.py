@@ -1,37 +1,30 @@
-"""A run's folder and its checkpoints.
+"""A run's checkpoints, its metrics, and what its name means where a pipeline is asked for.
 
-RUN/config.yaml  metrics.jsonl  curves.png  samples/  logs/
-RUN/checkpoints/step-00000500/{state/, pipeline/, checkpoint.json}      what a resumed run needs, and an EGCPipeline
-RUN/pipeline/                                                           the EGCPipeline that training ended with
+RUN/checkpoints/step-00000500/state/            weights and optimiser, of which a resumed run goes on
+RUN/checkpoints/step-00000500/pipeline/         an EGCPipeline with the averaged weights; they are the run's averages
+RUN/checkpoints/step-00000500/checkpoint.json   what makes the folder a checkpoint
+
+Nothing of it is unpickled freely: weights are safetensors, the optimiser's state is read as weights only. Random states
+are not kept, since everything random is a function of (seed, sample number).
 """
 
 import json
-import shutil
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_model, save_model
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from latent_egc.atomic import CheckpointError, replace_file, replace_folder, replace_text
-from latent_egc.config import Config, ConfigError
-
-# What a resumed run may change without becoming another run.
-MAY_CHANGE = {
-    "init_from",
-    "num_workers",
-    "max_steps",
-    "log_every",
-    "validate_every",
-    "sample_every",
-    "checkpoint_every",
-}
-MAY_CHANGE |= {"keep_checkpoints", "num_validation_images", "check_gradients", "trackers", "resume", "overwrite"}
+from latent_egc.atomic import CheckpointError, remove, replace_folder, replace_text
+from latent_egc.objective import EGCObjective
 
 
 @dataclass(frozen=True)
@@ -51,18 +44,37 @@ def checkpoint_folders(run: str | Path) -> list[Path]:
 def read_record(checkpoint: Path) -> CheckpointRecord:
     """What `checkpoint.json` says. Raises CheckpointError where it cannot be read."""
     try:
-        return CheckpointRecord(**json.loads((checkpoint / "checkpoint.json").read_text()))
+        record = CheckpointRecord(**json.loads((checkpoint / "checkpoint.json").read_text()))
+        if type(record.global_step) is not int or type(record.score) not in (int, float, type(None)):
+            raise ValueError(f"{record} has other types than it should")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+    return record
+
+
+def readable_checkpoints(run: str | Path) -> dict[Path, CheckpointRecord]:
+    """Checkpoints and what they say, oldest first; a warning names each whose checkpoint.json cannot be read."""
+    readable = {}
+    for folder in checkpoint_folders(run):
+        try:
+            readable[folder] = read_record(folder)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; it is skipped", stacklevel=2)
+    return readable
+
+
+def _best(checkpoints: dict[Path, CheckpointRecord]) -> Path | None:
+    scored = [
+        (record.score, record.global_step, path)
+        for path, record in checkpoints.items()
+        if record.score is not None and math.isfinite(record.score)
+    ]
+    return max(scored)[2] if scored else None
 
 
 def best_checkpoint(run: str | Path) -> Path | None:
-    """The checkpoint with the highest score, the later of equals; None if none has a score."""
-    scored = [
-        (record.score, record.global_step, path) for path in checkpoint_folders(run) if (record := read_record(path))
-    ]
-    scored = [entry for entry in scored if entry[0] is not None]
-    return max(scored)[2] if scored else None
+    """The readable checkpoint with the highest score, the later of equals; None if none has a score."""
+    return _best(readable_checkpoints(run))
 
 
 def resolve_pipeline(name: str | Path) -> str | Path:
@@ -78,9 +90,10 @@ def resolve_pipeline(name: str | Path) -> str | Path:
         if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise FileNotFoundError(f"no such run or pipeline: {name}")
         return name
-    best = best_checkpoint(folder)
-    checkpoints = [best] if best else checkpoint_folders(folder)[-1:]
-    for candidate in (folder, folder / "pipeline", *(checkpoint / "pipeline" for checkpoint in checkpoints)):
+    candidates = [folder, folder / "pipeline"]
+    if checkpoints := readable_checkpoints(folder):
+        candidates.append((_best(checkpoints) or [*checkpoints][-1]) / "pipeline")
+    for candidate in candidates:
         if (candidate / "model_index.json").is_file():
             return candidate
     raise FileNotFoundError(f"{name} holds no pipeline (model_index.json) and no run with a checkpoint")
@@ -92,17 +105,19 @@ def write_record(folder: Path, record: CheckpointRecord) -> None:
 
 
 def prune_checkpoints(run: str | Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints and the best one."""
-    best = best_checkpoint(run)
-    for folder in checkpoint_folders(run)[:-keep]:
-        if folder != best:
-            shutil.rmtree(folder)
+    """Deletes all but the newest `keep` readable checkpoints and the best one, half deleted ones too."""
+    checkpoints = readable_checkpoints(run)
+    oldest = ([*checkpoints][-keep:] or [Path()])[0]
+    for folder in Path(run).glob("checkpoints/step-*[0-9]"):
+        if folder < oldest and folder != _best(checkpoints):
+            remove(folder)
 
 
 def save_checkpoint(
     run: Path,
     record: CheckpointRecord,
     accelerator: Accelerator,
+    objective: nn.Module,
     optimizer: AcceleratedOptimizer,
     save_pipeline: Callable[[Path], None],
     keep: int,
@@ -115,7 +130,9 @@ def save_checkpoint(
         optimizer.optimizer.consolidate_state_dict(to=0)  # the main process writes the whole state
 
     def write(unfinished: Path) -> None:
-        accelerator.save_state(str(unfinished / "state"))
+        (unfinished / "state").mkdir()
+        save_model(accelerator.unwrap_model(objective), str(unfinished / "state" / "model.safetensors"))
+        torch.save(optimizer.state_dict(), unfinished / "state" / "optimizer.bin")
         save_pipeline(unfinished / "pipeline")
         write_record(unfinished, record)
 
@@ -125,76 +142,38 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(run: Path, accelerator: Accelerator) -> int:
+def load_checkpoint(run: Path, objective: EGCObjective, optimizer: AcceleratedOptimizer, average: EMAModel) -> int:
     """Goes back to a run's newest checkpoint; returns the steps done, 0 where there is none. Raises CheckpointError."""
     checkpoints = checkpoint_folders(run)
     if not checkpoints:
         return 0
-    record = read_record(checkpoints[-1])
+    newest, model = checkpoints[-1], objective.energy_model
     try:
-        accelerator.load_state(str(checkpoints[-1] / "state"))
+        step = read_record(newest).global_step
+        averaged = type(model).from_pretrained(newest / "pipeline" / "energy_model", use_safetensors=True)
+        model.load_state_dict(averaged.state_dict())  # checks names and shapes
+        average.load_state_dict({"optimization_step": step, "shadow_params": [p.detach() for p in model.parameters()]})
+        load_model(objective, newest / "state" / "model.safetensors")
+        state = torch.load(newest / "state" / "optimizer.bin", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)
     except Exception as error:  # torch, safetensors and pickle have no common error for a damaged file
         raise CheckpointError(
-            f"checkpoint {checkpoints[-1]} is damaged: {error}; delete that folder to resume from the one before it"
+            f"checkpoint {newest} is damaged: {error}; delete that folder to resume from the one before it"
         ) from error
-    return record.global_step
-
-
-def prepare_run_folder(config: Config, accelerator: Accelerator) -> None:
-    """Makes `output_dir` ready: checkpoints in it afterwards are those to go on from. For every process to call.
-
-    Raises ConfigError: the folder holds a run and neither `training.resume` nor `training.overwrite` says what to do
-    with it, or the run to resume has another model than the resolved one of `config`.
-    """
-    run, training = Path(config.output_dir), config.training
-    if accelerator.is_main_process:
-        if run.exists() and not run.is_dir():
-            raise ConfigError(f"output_dir: {run} is a file")
-        if training.overwrite and training.resume == "auto":
-            raise ConfigError("training.overwrite and training.resume=auto contradict each other")
-        if run.exists() and any(run.iterdir()) and training.resume != "auto":
-            if not training.overwrite:
-                raise ConfigError(
-                    f"output_dir: {run} already holds files; go on with training.resume=auto, delete them with "
-                    "training.overwrite=true, or choose another folder"
-                )
-            if not (run / "config.yaml").is_file():
-                raise ConfigError(
-                    f"training.overwrite: {run} does not look like a run (no config.yaml), it is left alone"
-                )
-            shutil.rmtree(run)
-        if checkpoint_folders(run) and (run / "config.yaml").is_file():
-            _compare(run, config.to_dict())
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        replace_file(run / "config.yaml", config.save)
-    accelerator.wait_for_everyone()
-
-
-def _compare(run: Path, now: dict[str, Any]) -> None:
-    """Refuses another model or autoencoder than the run to resume has; warns of another kind of run."""
-    before = yaml.safe_load((run / "config.yaml").read_text())
-    for section in ("model", "autoencoder", "data", "objective", "training"):
-        for key in [key for key in now[section] if key not in MAY_CHANGE]:
-            was, value = before[section].get(key), now[section][key]
-            if was == value:
-                continue
-            if section in ("model", "autoencoder"):
-                raise ConfigError(f"training.resume: {section}.{key} was {was!r} in {run}, now it is {value!r}")
-            warnings.warn(
-                f"resuming with {section}.{key}={value!r}, it was {was!r}: this will not be the run that was never "
-                "interrupted",
-                stacklevel=4,
-            )
+    return step
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    """The rows of a run's metrics.jsonl; a damaged line, such as one cut off by a kill, is skipped with a warning."""
     rows = []
-    for line in Path(path).read_text().splitlines():
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise TypeError(f"step is {row['step']!r}")
+            rows.append(row)
+        except (ValueError, TypeError, KeyError) as error:
+            warnings.warn(f"{path}, line {number} is damaged, it is skipped: {error}", stacklevel=2)
     return rows
 
 
@@ -215,5 +194,8 @@ class MetricsLog:
         """Appends one row."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: step {step} could not be written: {error}") from error

@@ -56,6 +56,7 @@ def sample_rows(
                 guidance_scale=guidance_scale,
                 generator=generators,
                 output_type="np",
+                batch_size=batch_size,
             ).images
         )
     pipeline.set_progress_bar_config(disable=False)
@@ -88,11 +89,11 @@ def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | N
     for row, name in enumerate(row_names or []):
         y = share[1] * (1 - (row + 0.5) / rows)
         figure.text((name_width - 0.08) / figure_size[0], y, name, ha="right", va="center", fontsize=9)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=dpi, format="png")
     plt.close(figure)
 
 
-def save_samples(pipeline: EGCPipeline, config: SamplingConfig, path: Path, step: int) -> None:
+def save_samples(pipeline: EGCPipeline, config: SamplingConfig, step: int, path: Path) -> None:
     """Writes a PNG of a run's samples at `step`, a row a class, from the same noise every time."""
     names = list(pipeline.id2label.values())[: config.max_classes] or None
     class_ids = None if names is None else list(range(len(names)))
@@ -137,5 +138,5 @@ def save_curves(metrics: list[dict[str, float]], path: str | Path) -> None:
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

@@ -6,10 +6,11 @@ that was never interrupted.
 
 import dataclasses
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -25,7 +26,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from latent_egc.atomic import replace_folder
+from latent_egc.atomic import replace_file, replace_folder
 from latent_egc.config import Config, ConfigError, TrainingConfig
 from latent_egc.data.autoencoders import latent_shape, latents_from_moments, load_autoencoder
 from latent_egc.data.stream import BatchSchedule, TrainingSamples
@@ -39,12 +40,12 @@ from latent_egc.training.checkpoints import (
     MetricsLog,
     checkpoint_folders,
     load_checkpoint,
-    prepare_run_folder,
     read_metrics,
     save_checkpoint,
 )
 from latent_egc.training.figures import save_curves, save_samples
 from latent_egc.training.gradient_check import check_gradients
+from latent_egc.training.run_folder import prepare_run_folder
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
@@ -81,7 +82,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         ConfigError: something in the configuration cannot be used; nothing was written.
         NonFiniteLossError: a loss or gradient is not finite; checkpoints stay as they are.
         GradientError: the run's gradients are wrong on this machine; no step was taken.
-        CheckpointError: a checkpoint could not be written or read.
+        CheckpointError: a checkpoint, or another of the run's files, could not be written or read.
     """
     config = resolve(config)
     training, folder = config.training, Path(config.output_dir)
@@ -99,11 +100,11 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         gradient_error = check_gradients(accelerator.unwrap_model(objective), inputs, accelerator)
 
     # Nothing is written, and no earlier run is touched, before everything above has been found usable.
-    prepare_run_folder(config, accelerator)
+    lock = prepare_run_folder(config, vae, accelerator)
     pipeline = build_pipeline(model, vae, data.class_names, config.sampling.guidance_scale)
     validation = validation_latents(data.validation, vae, training.num_validation_images, shape, accelerator)
     save_pipeline = partial(save_averaged_pipeline, pipeline, average)
-    step = load_checkpoint(folder, accelerator)
+    step = load_checkpoint(folder, accelerator.unwrap_model(objective), optimizer, average)
     metrics = MetricsLog(folder / "metrics.jsonl", step, accelerator)
     accelerator.print(
         f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters, {accelerator.num_processes} "
@@ -114,12 +115,12 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         metrics.add(step, {"gradient_error": gradient_error})
     batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
-    with running(accelerator, step, training.max_steps) as (progress, stops):
+    with running(accelerator, lock, step, training.max_steps) as (progress, should_stop):
         while step < training.max_steps:
             learning_rate = learning_rate_at(step, training)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            result = accumulate_gradients(objective, batches, training, accelerator, stops)
+            result = accumulate_gradients(objective, batches, training, accelerator, should_stop)
             refuse_not_finite(result.values, step, folder)
             optimizer.step()
             optimizer.zero_grad()
@@ -146,18 +147,20 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
                 score = found.get("validation_accuracy", -found["validation_denoising_loss"])
             if (step % training.sample_every == 0 or last) and not stopped:
                 if accelerator.is_main_process:
+                    draw = partial(save_samples, pipeline, config.sampling, step)
                     with averaged_weights(model, average):
-                        save_samples(pipeline, config.sampling, folder / "samples" / f"step-{step:08d}.png", step)
+                        replace_file(folder / "samples" / f"step-{step:08d}.png", draw)
                 accelerator.wait_for_everyone()
             if checkpoint_due:
                 record = CheckpointRecord(step, score)
-                save_checkpoint(folder, record, accelerator, optimizer, save_pipeline, training.keep_checkpoints)
+                parts = (objective, optimizer, save_pipeline)
+                save_checkpoint(folder, record, accelerator, *parts, training.keep_checkpoints)
             if stopped:
                 accelerator.print(f"stopped at step {step}, checkpoint saved; training.resume=auto goes on from here")
                 return folder
         if accelerator.is_main_process:
             replace_folder(folder / "pipeline", save_pipeline)
-            save_curves(read_metrics(metrics.path), folder / "curves.png")
+            replace_file(folder / "curves.png", partial(save_curves, read_metrics(metrics.path)))
         accelerator.wait_for_everyone()
     return folder
 
@@ -166,10 +169,18 @@ def start_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
     """Accelerate as the launcher started it. Raises ConfigError for a launch that this loop cannot run."""
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        # Accelerate would take a plain number from the environment, if one is there.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.gradient_accumulation_steps),
         log_with=list(training.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=f"{folder}/logs"),
     )
+    launched = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate would train in "
+            f"{accelerator.num_processes}, each of them a whole run. On a CPU set ACCELERATE_USE_CPU=true in the "
+            "environment; elsewhere unset WORLD_SIZE or launch with `accelerate launch` or `torchrun`"
+        )
     if accelerator.distributed_type in REFUSED_LAUNCHES:
         raise ConfigError(
             f"this run was launched with {accelerator.distributed_type.value}: "
@@ -226,13 +237,20 @@ def micro_batches(
     samples = TrainingSamples(views, training.seed, shape, num_timesteps, *shares)
     sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
     schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
-    for batch in DataLoader(samples, batch_sampler=schedule, num_workers=workers, persistent_workers=workers > 0):
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals_to_the_loop}
+    for batch in DataLoader(samples, batch_sampler=schedule, **options):
         seen = batch.pop("in_clean_branch")  # chosen before anything waits for a device
         batch |= {key: batch[key][seen] for key in ("clean_view", "clean_posterior_noise")}
         batch["clean_labels"] = batch["class_labels"][seen]
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         inputs = objective_inputs(batch, views, vae, config.autoencoder.sample_posterior, num_classes is not None)
         yield inputs, batch["num_skipped"].sum()
+
+
+def leave_signals_to_the_loop(worker: int) -> None:
+    """Lets a loader's worker outlive a signal to all processes, as the batches of the last step come from it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def objective_inputs(
@@ -269,9 +287,9 @@ def accumulate_gradients(
     batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]],
     training: TrainingConfig,
     accelerator: Accelerator,
-    stops: list[int],
+    should_stop: Callable[[], bool],
 ) -> StepResult:
-    """The gradients of one step, clipped, from the next of `micro_batches`; `stops`: the signals received here."""
+    """The gradients of one step, clipped, from the next of `micro_batches`; `should_stop` is asked after it."""
     # loss, denoising_loss, classification_loss, images skipped, processes asked to stop
     totals = torch.zeros(5, device=accelerator.device)
     for _ in range(training.gradient_accumulation_steps):
@@ -284,7 +302,7 @@ def accumulate_gradients(
                 grad_norm = accelerator.clip_grad_norm_(objective.parameters(), limit)
         totals[:3] += torch.stack(losses).detach() / training.gradient_accumulation_steps
         totals[3] += num_skipped
-    totals[4] = len(stops)
+    totals[4] = should_stop()
     *means, skipped, stop = accelerator.reduce(totals, "mean").tolist()
     values = dict(zip(losses._fields, means, strict=True)) | {"grad_norm": float(grad_norm)}
     return StepResult(values, round(skipped * accelerator.num_processes), stop > 0)
@@ -320,20 +338,34 @@ def save_averaged_pipeline(pipeline: EGCPipeline, average: EMAModel, folder: Pat
 
 
 @contextmanager
-def running(accelerator: Accelerator, step: int, max_steps: int) -> Iterator[tuple[tqdm, list[int]]]:
-    """A progress bar, and SIGTERM and SIGINT collected instead of dying of them; a second one acts as usual."""
+def running(
+    accelerator: Accelerator, lock: AbstractContextManager[Any], step: int, max_steps: int
+) -> Iterator[tuple[tqdm, Callable[[], bool]]]:
+    """A progress bar under the run's lock, and whether to stop: SIGTERM or SIGINT came, or the launcher is no more.
+
+    A second SIGINT acts as usual. A second SIGTERM does not: a cluster sends it to launcher and process, and the
+    launcher sends it on.
+    """
     received: list[int] = []
+    # Without a launcher the parent may be a shell, which a run under nohup outlives.
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    parent = os.getppid()
+
+    def should_stop() -> bool:
+        return bool(received) or (is_launched and os.getppid() != parent)
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in previous:
         signal.signal(number, note)
     try:
-        with tqdm(initial=step, total=max_steps, desc="train", disable=not accelerator.is_main_process) as progress:
-            yield progress, received
+        disable = not accelerator.is_main_process
+        with lock, tqdm(initial=step, total=max_steps, desc="train", disable=disable) as progress:
+            yield progress, should_stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,12 +1,15 @@
 """The command line, run in this process on a tiny pipeline."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from command_line import fails
 from PIL import Image
@@ -121,6 +124,21 @@ def test_the_package_is_a_command(launcher, pipeline):
     assert "3: cat, dog, cow" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+@pytest.mark.parametrize("verb", ["sample", "classify"])
+def test_a_device_that_is_not_there_is_named(pipeline, images, verb, capsys):
+    arguments = [verb, pipeline, *([images] if verb == "classify" else []), "--device"]
+    fails(capsys, [*arguments, "cuda"], "--device cuda cannot be used here")
+    fails(capsys, [*arguments, "gpu"], "--device gpu cannot be used here")
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "energy_model/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": ', "null", ""])
+def test_a_pipeline_with_a_broken_file_is_named(pipeline, file, content, capsys):
+    (Path(pipeline) / file).write_text(content)
+    fails(capsys, ["info", pipeline], "the pipeline", pipeline, "cannot be loaded")
+
+
 # --- sample ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,10 +191,12 @@ def test_sample_errors(pipeline, tmp_path, capsys):
     fails(capsys, ["sample", tmp_path / "empty"], "holds no pipeline (model_index.json)")
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     fails(capsys, ["sample", tmp_path / "unlabelled", "--classes", "cat"], "trained without classes")
-    for flags in (["--num-images-per-label", "0"], ["--classes", "cat", "--unlabelled"]):
+    wrong = [["--seed", "-1"], ["--seed", str(2**63)], ["--num-images-per-label", str(10**20)]]
+    for flags in (["--num-images-per-label", "0"], ["--classes", "cat", "--unlabelled"], *wrong):
         with pytest.raises(SystemExit) as end:
             main(["sample", pipeline, *flags])
         assert end.value.code == 2
+        assert flags[0] in capsys.readouterr().err
 
 
 # --- classify -------------------------------------------------------------------------------------------------------
@@ -210,13 +230,39 @@ def test_classify_prints_nothing_but_json(pipeline, images, capsys):
 def test_classify_errors(pipeline, images, tmp_path, capsys):
     fails(capsys, ["classify", pipeline, images / "c.png"], "no such file or folder", images / "c.png")
     (tmp_path / "empty").mkdir()
-    fails(capsys, ["classify", pipeline, tmp_path / "empty"], "no image in the folder", tmp_path / "empty")
-    fails(capsys, ["classify", pipeline, images / "notes.txt"], "corrupt image", images / "notes.txt")
-    (images / "a.png").write_bytes((images / "a.png").read_bytes()[:60])
-    fails(capsys, ["classify", pipeline, images, "--json"], "corrupt image", images / "a.png")
+    fails(capsys, ["classify", pipeline, tmp_path / "empty"], "no image in", tmp_path / "empty")
     fails(capsys, ["classify", pipeline, images / "more", "--top-k", "4"], "top_k must be in [1, 3], got 4")
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     fails(capsys, ["classify", tmp_path / "unlabelled", images / "more"], "without classes")
+
+
+@pytest.mark.parametrize("batch_size", ["1", "64"])
+def test_an_image_that_cannot_be_read_is_a_row_with_its_error_and_not_the_end(pipeline, images, batch_size, capsys):
+    """Whatever its damage; the others' numbers are as without it, and the exit status is 1."""
+    assert main(["classify", pipeline, str(images), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    (images / "b.png").write_bytes((images / "a.png").read_bytes()[:60])
+    arguments = ["classify", pipeline, str(images), str(images / "notes.txt"), "--batch-size", batch_size]
+    assert main([*arguments, "--json"]) == 1
+    first, bad, second, text = json.loads(capsys.readouterr().out)
+    for row, expected in zip((first, second), whole, strict=True):
+        assert row["labels"] == expected["labels"]
+        np.testing.assert_allclose(row["energy"], expected["energy"], rtol=1e-5)
+    for row, file in ((bad, images / "b.png"), (text, images / "notes.txt")):
+        assert row.keys() == {"file", "error"}
+        assert row["file"] == str(file)
+        assert f"corrupt image: {file}: " in row["error"]
+    assert main(arguments) == 1
+    assert f"  corrupt image: {images / 'b.png'}: " in capsys.readouterr().out
+
+
+def test_classify_skips_what_is_no_regular_file_and_says_so(pipeline, images, capsys):
+    """Reading a FIFO would wait for ever."""
+    os.mkfifo(images / "pipe.png")
+    assert main(["classify", pipeline, str(images), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 2
+    assert f"skipped, it is not a regular file: {images / 'pipe.png'}" in captured.err
 
 
 # --- info -----------------------------------------------------------------------------------------------------------

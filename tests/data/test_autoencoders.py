@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from diffusers import UNet2DModel
-from tiny import ROOT, SHARED, needs_shared, tiny_kl, tiny_taesd
+from tiny import ROOT, SHARED, needs_shared, tiny_dc, tiny_kl, tiny_qwen, tiny_taesd
 
 from latent_egc.config import AutoencoderConfig, ConfigError, DataConfig
 from latent_egc.data.autoencoders import (
@@ -18,7 +18,7 @@ from latent_egc.data.autoencoders import (
 )
 from latent_egc.data.sources import load_splits, read_image
 from latent_egc.data.views import central_view
-from latent_egc.pipelines.images import unscale_latents
+from latent_egc.pipelines.latents import decode_latents, unscale_latents
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def peak_signal_to_noise(images: torch.Tensor, others: torch.Tensor) -> float:
     return float(10 * torch.log10(4 / (images - others).square().mean()))
 
 
-@pytest.mark.parametrize("make", [tiny_kl, tiny_taesd])
+@pytest.mark.parametrize("make", [tiny_kl, tiny_taesd, tiny_dc, tiny_qwen])
 def test_loaded_from_a_folder_frozen_in_eval_mode_with_the_same_weights(make, tmp_path):
     vae = make().train()
     loaded = load_autoencoder(saved(vae, tmp_path))
@@ -88,6 +88,31 @@ def test_taesd_latents_are_scaled_and_have_no_posterior(images):
     torch.testing.assert_close(latents_from_moments(vae, moments, torch.ones_like(moments)), expected)
 
 
+def test_latents_scaled_by_channel(images):
+    """As diffusers' pipelines do it: of Stable Diffusion XL with a scaling factor, of Qwen-Image without."""
+    mean, std = torch.tensor([0.3, -1.0])[:, None, None], torch.tensor([2.0, 0.25])[:, None, None]
+    vae = tiny_kl(latents_mean=[0.3, -1.0], latents_std=[2.0, 0.25], scaling_factor=0.5)
+    moments = encode_moments(vae, images)
+    latents = latents_from_moments(vae, moments)
+    torch.testing.assert_close(latents, (vae.encode(images).latent_dist.mode() - mean) * 0.5 / std)
+    torch.testing.assert_close(unscale_latents(vae, latents), latents * std / 0.5 + mean)
+
+    vae = tiny_qwen()
+    moments = encode_moments(vae, images)
+    assert moments.shape == (3, 4, 4, 4)
+    mean, std = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    frame = vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
+    torch.testing.assert_close(latents_from_moments(vae, moments), (frame - mean) / std)
+    torch.testing.assert_close(decode_latents(vae, (frame - mean) / std), vae.decode(frame[:, :, None]).sample[:, :, 0])
+
+
+def test_dc_latents_are_scaled_and_have_no_posterior(images):
+    vae = tiny_dc()
+    moments = encode_moments(vae, images)
+    torch.testing.assert_close(latents_from_moments(vae, moments), vae.encode(images).latent * 0.4)
+    torch.testing.assert_close(decode_latents(vae, moments * 0.4), vae.decode(moments).sample)
+
+
 @pytest.mark.parametrize("make", [tiny_kl, tiny_taesd])
 def test_slicing_gives_the_same_moments(make, tmp_path, images):
     config = saved(make(), tmp_path)
@@ -114,7 +139,7 @@ def test_fingerprint_differs_exactly_when_weights_or_factors_differ(tmp_path):
     assert fingerprint(changed) != original
 
 
-@pytest.mark.parametrize("make", [tiny_kl, tiny_taesd])
+@pytest.mark.parametrize("make", [tiny_kl, tiny_taesd, tiny_dc, tiny_qwen])
 def test_latent_shape_is_what_encoding_gives(make):
     vae = make(latent_channels=3)
     shape = latent_shape(vae, 12)
@@ -169,3 +194,13 @@ def test_no_scaling_factor_is_written_in_the_sources():
     sources = [*(ROOT / "latent_egc").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
     assert sources
     assert not [path for path in sources if "0.18215" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "null", '{"a": ', '{"_class_name": "AutoencoderKL", "block_out_channels": "x"}']
+)
+def test_an_autoencoder_with_a_broken_file_is_named(tmp_path, content):
+    tiny_kl().save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"autoencoder\.path='.*vae' cannot be loaded"):
+        load_autoencoder(AutoencoderConfig(path=str(tmp_path / "vae")))

@@ -15,7 +15,7 @@ from tiny import tiny_kl, tiny_taesd
 from latent_egc.config import Config, ConfigError, parse_config
 from latent_egc.data import latent_cache
 from latent_egc.data.autoencoders import encode_moments, load_autoencoder
-from latent_egc.data.latent_cache import CachedViews, open_cache
+from latent_egc.data.latent_cache import CachedViews, content_digest, open_cache
 from latent_egc.data.sources import CorruptImageError, load_splits
 from latent_egc.data.stream import CACHED_VIEW, random_stream
 from latent_egc.data.views import central_view, clean_view
@@ -208,6 +208,88 @@ def test_a_deleted_shard_is_written_again_and_only_that(config):
         np.testing.assert_array_equal(result, wanted)
 
 
+def delete(shard: Path) -> None:
+    shutil.rmtree(shard)
+
+
+def empty(shard: Path) -> None:
+    for path in shard.iterdir():
+        path.unlink()
+
+
+def rot(shard: Path) -> None:
+    """One bit, in the middle of the rows."""
+    (file,) = shard.glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(shard: Path) -> None:
+    (file,) = shard.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [delete, empty, rot, cut])
+@pytest.mark.parametrize("shard", ["train/00001", "train/00002", "validation/00000"])
+def test_a_damaged_shard_is_refused_by_its_name_and_repaired_by_encode(config, damage, shard):
+    """The last one too, whose absence leaves no gap."""
+    encode(config)
+    before, expected = shards(config), stored(config)
+    damage(Path(config.data.latent_cache) / shard)
+    with pytest.raises(ConfigError, match=rf"data\.latent_cache=.* is damaged: \S+{shard} .*`latent-egc encode`"):
+        opened(config)
+    encode(config)
+    assert {name for name, written in shards(config).items() if before[name] != written} == {
+        str(Path(config.data.latent_cache) / shard)
+    }
+    for result, wanted in zip(stored(config), expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+def make_one_from_before(config: Config) -> Path:
+    """Takes away what caches had not before they had checksums."""
+    folder = Path(config.data.latent_cache)
+    record = json.loads((folder / "cache.json").read_text())
+    del record["checksums"]
+    (folder / "cache.json").write_text(json.dumps(record))
+    for file in folder.glob("*/*/shard.json"):
+        file.unlink()
+    return folder
+
+
+def test_a_cache_from_before_opens_misses_its_shards_and_gets_checksums_from_encode(config):
+    encode(config)
+    expected, folder = stored(config), make_one_from_before(config)
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*.arrow")}
+    for result, wanted in zip(stored(config), expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+    encode(config)
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*/*/*.arrow")} == written
+    rot(folder / "train" / "00000")
+    with pytest.raises(ConfigError, match="train/00000 is not as it was written"):
+        opened(config)
+    make_one_from_before(config)
+    shutil.rmtree(folder / "train" / "00002")
+    with pytest.raises(ConfigError, match="train/00002 is missing"):
+        opened(config)
+    empty(folder / "train" / "00001")
+    cut(folder / "validation" / "00000")
+    rot(folder / "train" / "00000")  # back to what it was
+    encode(config)
+    for result, wanted in zip(stored(config), expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("content", ['{"data.dataset": "imagefo', "[1, 2]", "", "null"])
+def test_a_broken_record_is_named(config, content):
+    encode(config)
+    (Path(config.data.latent_cache) / "cache.json").write_text(content)
+    for use in (opened, encode):
+        with pytest.raises(ConfigError, match=r"data\.latent_cache: .*cache\.json is not a cache's record"):
+            use(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -248,6 +330,13 @@ def test_images_that_changed_in_place_are_not_mixed_with_encoded_ones(config, tm
         Image.new("RGB", (10, 12)).save(path)
     with pytest.raises(ConfigError, match="content: the cache has"):
         encode(config)
+
+
+def test_labels_that_changed_are_another_content(config):
+    splits = load_splits(config.data, 2)
+    before = content_digest(splits)
+    splits.train.labels[2] = 1 - splits.train.labels[2]
+    assert content_digest(splits) != before
 
 
 def test_what_does_not_decide_the_latents_may_change(config):

@@ -1,6 +1,8 @@
 """Images, labels and splits of every kind of source."""
 
 import io
+import os
+import struct
 
 import datasets
 import numpy as np
@@ -10,6 +12,7 @@ from tiny_images import png, write_folder, write_parquet
 
 from latent_egc.config import ConfigError, DataConfig
 from latent_egc.data.sources import CorruptImageError, load_splits, read_image
+from latent_egc.data.views import central_view
 
 
 def grey(table, index: int) -> int:
@@ -160,6 +163,55 @@ def test_exif_orientation_is_applied(tmp_path):
     assert upright.getpixel((3, 0)) == (255, 255, 255)
 
 
+def dds_of_an_unknown_format() -> bytes:
+    """A header that Pillow's plugin answers by NotImplementedError."""
+    header = struct.pack("<4s7I44x", b"DDS ", 124, 0x1007, 4, 4, 0, 0, 0)
+    return header + struct.pack("<2I4s5I", 32, 4, b"????", 0, 0, 0, 0, 0) + bytes(20 + 64)
+
+
+def png_with_damaged_exif() -> bytes:
+    """A header without its end; Pillow answers by struct.error."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG", exif=b"MM\0*")
+    return file.getvalue()
+
+
+DAMAGED = [dds_of_an_unknown_format(), png_with_damaged_exif(), b"", b"no image", png(0)[:40]]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=["dds", "exif", "empty", "text", "cut"])
+def test_any_decoding_error_names_the_file(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(CorruptImageError, match=r"corrupt image: some name: \S"):
+        read_image(tmp_path / "a.png", "some name")
+
+
+def test_an_image_above_pillows_limit_and_a_fifo_are_corrupt(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(CorruptImageError, match=r"a\.png: Image size \(80 pixels\) exceeds limit"):
+        read_image(io.BytesIO(png(0)), "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(CorruptImageError, match=r"pipe\.png: it is not a regular file"):
+        read_image(tmp_path / "pipe.png", "pipe.png")
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_float_images_in_0_to_1_and_in_0_to_255(scale):
+    values = np.linspace(0, scale, 64, dtype=np.float32).reshape(8, 8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    read = np.asarray(read_image(file, "a.tif"))[..., 0]
+    assert np.abs(read - values / scale * 255).max() <= 1
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 256, np.nan])
+def test_float_images_of_another_range_are_refused(wrong):
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), wrong, np.float32)).save(file, "TIFF")
+    with pytest.raises(CorruptImageError, match=r"a\.tif: a float image must be in \[0, 1\] or \[0, 255\]"):
+        read_image(file, "a.tif")
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(mode):
     """A grey of 51 stays one; a transparent colour is taken as stored, 16-bit grey is scaled and not clipped."""
@@ -172,3 +224,12 @@ def test_every_mode_becomes_rgb(mode):
     read = read_image(file, mode)
     assert read.mode == "RGB"
     assert np.abs(np.asarray(read).astype(int) - 51).max() <= 2
+
+
+def test_a_damaged_exif_harms_no_view():
+    """Pillow passes over it while opening, and would stumble over it again where a crop of it is made upright."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "jpeg", exif=Image.Exif().tobytes())
+    damaged = file.getvalue().replace(b"Exif\0\0MM", b"Exif\0\0\0M").replace(b"Exif\0\0II", b"Exif\0\0\0I")
+    assert damaged != file.getvalue()
+    assert central_view(read_image(io.BytesIO(damaged), "red").crop((0, 0, 4, 4)), 4).shape == (3, 4, 4)

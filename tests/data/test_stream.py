@@ -1,6 +1,6 @@
 """The training stream: every sample is a function of (seed, number)."""
 
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 import torch
@@ -9,7 +9,14 @@ from torch.utils.data import DataLoader
 
 from latent_egc.config import DataConfig
 from latent_egc.data.sources import load_splits
-from latent_egc.data.stream import BatchSchedule, SampleStream, TrainingSamples, sample_draws
+from latent_egc.data.stream import (
+    BatchSchedule,
+    SampleStream,
+    TrainingSamples,
+    noise_generator,
+    random_stream,
+    sample_draws,
+)
 from latent_egc.data.views import PixelViews
 
 
@@ -57,6 +64,14 @@ def test_each_epoch_is_another_permutation():
         epochs[1][10],
     ]
     assert [SampleStream(50, seed=4).image_index(s) for s in range(50)] != epochs[0]
+
+
+def test_no_two_streams_or_noises_are_the_same():
+    streams = [random_stream(*key).integers(2**62) for key in product((0, 1), range(6), (0, 1))]
+    noises = [int(torch.randint(2**62, (), generator=noise_generator(*key))) for key in product(range(3), range(40))]
+    for draws in (streams, noises):
+        assert len(set(draws)) == len(draws)
+    assert streams[-1] == random_stream(1, 5, 1).integers(2**62)
 
 
 def test_draws_are_a_function_of_seed_and_sample():

@@ -89,21 +89,22 @@ def test_small_images_are_enlarged():
 @pytest.mark.parametrize("area", [(0.2, 0.3), (0.5, 1.0), (1.0, 1.0)])
 def test_random_resized_crop_keeps_size_area_and_aspect(area):
     config = DataConfig(image_size=32, random_resized_crop=area)
-    image, areas = gradient_image(120, 90), []
+    image, areas, ratios = gradient_image(120, 90), [], []
     for number in range(40):
         view = clean_view(image, config, np.random.default_rng(number))
         assert view.shape == (3, 32, 32)
         # From first to last pixel a view spans 31/32 of what it was cut from; colours span 2.
         width, height = (float(view[c].max() - view[c].min()) / 2 * 32 / 31 for c in (0, 1))
-        if area != (1.0, 1.0):
-            assert 3 / 4 * 0.9 <= width * 120 / (height * 90) <= 4 / 3 * 1.1
         areas.append(width * height)
+        ratios.append(width * 120 / (height * 90))
     if area == (1.0, 1.0):  # no such crop fits but the image itself; then it is the central view, 3/4 of this image
         assert max(areas) <= 1.05
     else:
         assert area[0] * 0.85 <= min(areas)
         assert max(areas) <= area[1] * 1.1
         assert max(areas) > min(areas) * 1.1
+        assert 3 / 4 * 0.9 <= min(ratios) < 0.9
+        assert 1.1 < max(ratios) <= 4 / 3 * 1.1
 
 
 def test_horizontal_flip_mirrors_half_of_the_samples(tmp_path):

@@ -10,15 +10,18 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fake_hub import serve
-from tiny import tiny_pipeline
+from tiny import tiny_dc, tiny_pipeline, tiny_qwen
+from tiny_runs import run_values
 
 import latent_egc.methods
 from latent_egc import EGCPipeline, EGCUNet
-from latent_egc.config import ConfigError
+from latent_egc.config import ConfigError, parse_config
 from latent_egc.exchange import export as export_module
-from latent_egc.exchange.export import bundle, export
+from latent_egc.exchange.export import export
 from latent_egc.pipelines import pipeline_egc
+from latent_egc.pipelines.code_files import bundle
 from latent_egc.training.figures import save_grid
+from latent_egc.training.loop import train
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -53,7 +56,11 @@ def make_run(folder, **overrides):
     pipeline = tiny_pipeline(**overrides)
     pipeline.save_pretrained(folder / "pipeline")
     (folder / "config.yaml").write_text("model:\n  backbone: unet\nsampling:\n  num_inference_steps: 7\n")
-    rows = [{"step": 5, "loss": 1.0}, {"step": 5, "validation_denoising_loss": 0.25, "validation_accuracy": 0.875}]
+    rows = [
+        {"step": 3, "validation_denoising_loss": 0.5, "validation_accuracy": 0.625},
+        {"step": 5, "loss": 1.0},
+        {"step": 5, "validation_denoising_loss": 0.25, "validation_accuracy": 0.875},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples").mkdir()
     save_grid(torch.rand(1, 2, 8, 8, 3).numpy(), folder / "samples" / "step-00000005.png")
@@ -127,7 +134,22 @@ def test_contents_and_model_card(tmp_path):
     card = (folder / "README.md").read_text()
     for part in ("library_name: diffusers", "validation_accuracy | 0.875", "num_inference_steps=7", "backbone: unet"):
         assert part in card
+    assert "0.625" not in card  # an earlier evaluation
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("make", [tiny_dc, tiny_qwen])
+def test_every_kind_of_autoencoder_is_trained_with_and_exported(make, tmp_path):
+    make().save_pretrained(tmp_path / "vae")
+    values = run_values(tmp_path / "run", max_steps=1, num_validation_images=4)
+    values["autoencoder"] = {"path": str(tmp_path / "vae")}
+    values["model"] |= {"sample_size": 16, "in_channels": 2}
+    train(parse_config(values))
+    pipeline = EGCPipeline.from_pretrained(export(tmp_path / "run", tmp_path / "exported"))
+    assert type(pipeline.vae) is type(make())
+    assert pipeline.image_size == 32
+    assert pipeline.classify(torch.rand(2, 3, 32, 32)).logits.isfinite().all()
+    assert sample(pipeline, ["0", "1"]).shape == (2, 3, 32, 32)
 
 
 def test_unfinished_run_exports_its_best_checkpoint(tmp_path):
@@ -139,8 +161,13 @@ def test_unfinished_run_exports_its_best_checkpoint(tmp_path):
         tiny_pipeline(head="map" if step == 5 else "inner").save_pretrained(checkpoint / "pipeline")
         (checkpoint / "checkpoint.json").write_text(json.dumps({"global_step": step, "score": score}))
     (run / "pipeline").rename(tmp_path / "elsewhere")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "validation_denoising_loss": 0.125, "validation_accuracy": 0.75}) + "\n")
     folder = export(run, tmp_path / "exported")
     assert EGCPipeline.from_pretrained(folder).energy_model.config.head == "map"
+    card = (folder / "README.md").read_text()
+    assert "validation_accuracy | 0.875" in card
+    assert "0.75" not in card  # measured after that checkpoint
 
 
 def test_errors_lose_nothing(tmp_path):
@@ -176,7 +203,7 @@ def test_methods_are_bundled_with_the_pipeline_each_once_before_what_needs_them(
     """A made-up method between two modules of this package; the bundle runs where latent_egc cannot be imported."""
     (tmp_path / "made_up_method.py").write_text(
         "from latent_egc.models.noise_schedule import add_noise\n"
-        "from latent_egc.pipelines.images import vae_scale_factor\n\n\n"
+        "from latent_egc.pipelines.latents import vae_scale_factor\n\n\n"
         "def noised(latents):\n"
         "    levels = vae_scale_factor(None) * latents.new_ones(1), latents.new_zeros(1)\n"
         "    return add_noise(latents, 0 * latents, levels)\n"

@@ -142,15 +142,20 @@ def test_reference_trajectory(reference):
     model, scale = copy.deepcopy(pipeline.energy_model).double(), pipeline.config.default_guidance_scale
     pipeline = EGCPipeline(model, pipeline.vae, pipeline.scheduler, pipeline.id2label, scale)
     pipeline.set_progress_bar_config(disable=True)
-    trajectory = []
+    trajectory, timesteps = [], []
+
+    def note(pipeline, step, timestep, tensors):
+        timesteps.append(int(timestep))
+        trajectory.append(tensors["latents"])
+
     latents = pipeline(
         values["guided_class_labels"],
         num_inference_steps=5,
         latents=values["ddim_noise"],
         output_type="latent",
-        callback_on_step_end=lambda pipeline, step, timestep, tensors: trajectory.append(tensors["latents"]),
+        callback_on_step_end=note,
     ).images
-    assert pipeline.scheduler.timesteps.tolist() == values["ddim_timesteps"].tolist()
+    assert timesteps == values["ddim_timesteps"].tolist()
     assert_close(torch.stack(trajectory), values["ddim_trajectory"].double())
     assert_close(latents, values["ddim_trajectory"][-1].double())
 

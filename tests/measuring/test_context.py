@@ -1,7 +1,14 @@
 """What the suites of an evaluation are given: gathering, logits, noise."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
+from accelerate import Accelerator
+
+from latent_egc.data.sources import CorruptImageError
 
 
 def test_over_returns_every_position_once_in_order(evaluation_context):
@@ -36,3 +43,25 @@ def test_noised_latents_are_at_their_noise_level(evaluation_context):
     noisy = alpha * context.latents + sigma * context.noise(context.rows)
     expected = context.model(noisy, 500).logits
     torch.testing.assert_close(context.energies_and_logits(context.latents, 500, context.rows)[1], expected)
+
+
+def test_corrupt_images_are_skipped_and_counted_where_they_may_be(evaluation_context):
+    """All suites see the other rows, with the noise that they have among all; else the first is named."""
+    whole = evaluation_context()
+    row = int(whole.rows[2])
+    path = whole.splits.validation.rows[row]["image"]["path"]
+    Path(path).write_bytes(b"no image")
+
+    def context(skip_corrupt):
+        data = dataclasses.replace(whole.data, skip_corrupt=skip_corrupt)
+        return type(whole)(whole.pipeline, data, whole.settings, Accelerator(cpu=True))
+
+    with pytest.warns(UserWarning, match=rf"skipped 1 corrupt images of the validation split, the first is row {row}"):
+        skipping = context(True)
+    kept = [place for place in range(7) if place != 2]
+    assert skipping.rows.tolist() == whole.rows[kept].tolist()
+    assert skipping.labels.tolist() == whole.labels[kept].tolist()
+    assert len(skipping.logits) == 6
+    torch.testing.assert_close(skipping.noise(skipping.rows), whole.noise(whole.rows)[kept])
+    with pytest.raises(CorruptImageError, match=path):
+        context(False).logits  # noqa: B018

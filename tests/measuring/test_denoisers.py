@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline
-from tiny import TINY_BACKBONES, tiny_kl, tiny_unet
+from tiny import TINY_BACKBONES, tiny_kl, tiny_pipeline, tiny_unet
 from tiny_studies import tiny_dit, tiny_unet2d
 
 from latent_egc.config import ConfigError
@@ -144,3 +144,11 @@ def test_a_report_is_of_one_denoiser(tmp_path):
     }
     assert len(prints) == 2
     assert Report(tmp_path, {"fingerprint": prints.pop()}).content["suites"] == {}
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", ""])
+def test_a_pipeline_with_a_broken_index_is_named(tmp_path, content):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "model_index.json").write_text(content)
+    with pytest.raises(ConfigError, match="pipeline cannot be loaded"):
+        load_denoiser(str(tmp_path / "pipeline"))

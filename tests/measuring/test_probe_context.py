@@ -1,6 +1,7 @@
 """What the suites of a probe are given, and the settings that choose it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,6 +22,20 @@ def test_classes_need_not_be_the_pipelines(tmp_path):
     data = replace(write_images(tmp_path / "images"), dataset="parquet", data_dir=None, validation_fraction=0.5)
     data = replace(data, data_files=str(tmp_path / "a.parquet"))
     assert load_splits(data, "any").class_names == ["0", "1", "2", "3", "4"]
+
+
+def test_corrupt_images_are_skipped_where_they_may_be(probe_context):
+    """In the rows that heads train on and in those that judge them."""
+    context = probe_context(extract=False)
+    for table, row in ((context.splits.train, 3), (context.splits.validation, 5)):
+        Path(table.rows[row]["image"]["path"]).write_bytes(b"no image")
+    data, folder = replace(context.data, skip_corrupt=True), context.cache.folder.parent
+    with pytest.warns(UserWarning, match="skipped 1 corrupt images of the train split, the first is row 3"):
+        context = ProbeContext(context.denoiser, data, context.settings, context.accelerator, folder)
+    context.cache.extract([90], context.accelerator)
+    for split, labels in (("train", context.train_labels), ("validation", context.labels)):
+        assert len(context.cache.features(split, 90, "in", 1)) == len(labels)
+    assert (len(context.train_labels), len(context.labels)) == (13, 6)
 
 
 @pytest.mark.parametrize(

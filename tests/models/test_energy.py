@@ -205,6 +205,15 @@ def test_noise_schedule_is_diffusers(schedule):
     assert torch.equal(tiny_unet(beta_schedule=schedule).to(torch.bfloat16).alphas_cumprod, scheduler.alphas_cumprod)
 
 
+def test_noise_schedule_follows_the_weights_type_and_no_half_type_ruins_it():
+    model = tiny_unet()
+    in_float32 = model.alphas_cumprod
+    assert in_float32.dtype == torch.float32
+    assert model.double().alphas_cumprod.dtype == torch.float64
+    assert (model.alphas_cumprod - in_float32).abs().max() > 1e-9  # made anew, not cast
+    assert torch.equal(model.to(torch.bfloat16).alphas_cumprod, in_float32)
+
+
 def test_float_timesteps_interpolate_log_sigma_as_diffusers():
     model = tiny_unet().double()
     integers = torch.tensor([0, 7, 500, 999])

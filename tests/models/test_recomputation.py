@@ -8,6 +8,7 @@ from torch import nn
 
 from latent_egc import EGCObjective
 from latent_egc.measuring.timing import peak_memory_of
+from latent_egc.models.potentials import input_gradient
 from latent_egc.models.recomputation import recomputed
 
 
@@ -69,8 +70,20 @@ def test_gradients_that_are_asked_for_outside_of_epsilon(backbone):
 
     expected = penalty()
     model.enable_gradient_checkpointing()
-    for found, value in zip(penalty(), expected, strict=True):
-        torch.testing.assert_close(found, value)
+    for before in (lambda: None, lambda: model.epsilon(latents, 300), failing_epsilon):
+        before()
+        for found, value in zip(penalty(), expected, strict=True):
+            torch.testing.assert_close(found, value)
+
+
+def failing_epsilon():
+    """An input gradient that ends with an error, in its backward pass."""
+
+    def potential(latents, timesteps):
+        return latents.detach().sum(dim=(1, 2, 3)), []
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        input_gradient(potential, torch.zeros(1, 2, 4, 4), 300)
 
 
 def test_memory_of_a_training_step():

@@ -4,6 +4,7 @@ import pytest
 from tiny_runs import run_values
 
 from latent_egc.config import ConfigError, parse_config
+from latent_egc.training.build import resolve
 from latent_egc.training.loop import train
 
 
@@ -22,3 +23,10 @@ def test_misfits_are_found_before_anything_is_written(tmp_path, section, change,
     with pytest.raises(ConfigError, match=message):
         train(parse_config(values))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_clean_branch_sees_whole_rows():
+    values = {"model": {}, "training": {"train_batch_size": 30}}
+    assert resolve(parse_config(values | {"objective": {"clean_fraction": 0.1}})).objective.clean_fraction == 0.1
+    with pytest.raises(ConfigError, match=r"objective.clean_fraction must be a whole number of rows .*=30, got 0.25"):
+        resolve(parse_config(values | {"objective": {"clean_fraction": 0.25}}))

@@ -53,9 +53,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def reliability_bins(
-    logits: np.ndarray, labels: np.ndarray, num_bins: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reliability_bins(logits: np.ndarray, labels: np.ndarray, num_bins: int) -> tuple[np.ndarray, ...]:
     """Mean confidence, accuracy and number of images (num_bins,) of each confidence bin; NaN in an empty one."""
     confidence, predicted = torch.from_numpy(logits).softmax(dim=1).max(dim=1)
     confidence, correct = confidence.numpy(), (predicted.numpy() == labels)

@@ -61,6 +61,8 @@ def run(context: ProbeContext, settings: Settings) -> SuiteResult:
     by_block = among([Place(block, chosen.timestep, p) for block in blocks])
     by_timestep = among([Place(chosen.block, t, p) for t in timesteps])
     steps = [str(t) for t in timesteps]
+    block_map = plots.heat_map(by_block, blocks, blocks, ("block", "block", "linear CKA"), decimals=2)
+    timestep_map = plots.heat_map(by_timestep, steps, steps, ("timestep", "timestep", "linear CKA"), decimals=2)
     return SuiteResult(
         num_samples=count,
         metrics={
@@ -68,16 +70,8 @@ def run(context: ProbeContext, settings: Settings) -> SuiteResult:
             f"CKA of timesteps {steps[0]} and {steps[-1]} at {chosen.block}": Metric(float(by_timestep[0, -1])),
         },
         figures=[
-            Figure(
-                "blocks",
-                f"Linear CKA between blocks at timestep {chosen.timestep}.",
-                plots.heat_map(by_block, blocks, blocks, ("block", "block", "linear CKA"), decimals=2),
-            ),
-            Figure(
-                "timesteps",
-                f"Linear CKA of {chosen.block} between timesteps.",
-                plots.heat_map(by_timestep, steps, steps, ("timestep", "timestep", "linear CKA"), decimals=2),
-            ),
+            Figure("blocks", f"Linear CKA between blocks at timestep {chosen.timestep}.", block_map),
+            Figure("timesteps", f"Linear CKA of {chosen.block} between timesteps.", timestep_map),
         ],
         notes=[
             f"Maps pooled to {p} x {p}, {count} validation images. With few images and many features the estimate is "

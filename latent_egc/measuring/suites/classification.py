@@ -37,15 +37,12 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     if len(names) > 5:
         metrics["top-5 accuracy"] = context.accuracy(in_top_k(logits, labels, 5))
     confusion = multiclass_confusion_matrix(logits, torch.from_numpy(labels), len(names)).numpy()
-    figures = [
-        Figure("confusion", "Confusion matrix at timestep 0.", plots.confusion_matrix(confusion, names)),
-        _noise_curve(context, settings, metrics["top-1 accuracy"]),
-    ]
+    matrix = Figure("confusion", "Confusion matrix at timestep 0.", plots.confusion_matrix(confusion, names))
     return SuiteResult(
         num_samples=len(labels),
         metrics=metrics,
         tables=[_class_table(context, confusion, correct)],
-        figures=figures,
+        figures=[matrix, _noise_curve(context, settings, metrics["top-1 accuracy"])],
         notes=["Logits are those of clean latents (the posterior's mean) at timestep 0, the published convention."],
     )
 

@@ -1,6 +1,5 @@
 """Suite `comparison`: the energy's own classifier beside the linear probe of its features."""
 
-import numpy as np
 import torch
 
 from latent_egc.config import ConfigError
@@ -30,9 +29,10 @@ def run(context: ProbeContext, settings: None = None) -> SuiteResult:
     _, probed = context.probe(context.place)
     config, seed = context.settings.linear, context.settings.seed
     _, raw = linear_probe(train.numpy(), context.train_labels, validation.numpy(), context.labels, config, seed)
-    own = _classify(denoiser.network, validation, context.settings.batch_size)
+    with torch.no_grad():
+        batches, network = validation.split(context.settings.batch_size), denoiser.network
+        own = torch.cat([network(batch.to(network.device), 0).logits.argmax(dim=1).cpu() for batch in batches]).numpy()
     own, probed, raw = (found == context.labels for found in (own, probed, raw))
-    difference = context.accuracy(probed.astype(float) - own)  # of pairs: the same images
     rows = [
         [name, int((side & probed).sum()), int((side & ~probed).sum())]
         for name, side in (("right", own), ("wrong", ~own))
@@ -42,16 +42,9 @@ def run(context: ProbeContext, settings: None = None) -> SuiteResult:
         metrics={
             "energy's own classifier, clean latents at timestep 0": context.accuracy(own),
             f"linear probe at {context.place}": context.accuracy(probed),
-            "probe less classifier": difference,
+            "probe less classifier": context.accuracy(probed.astype(float) - own),  # of pairs: the same images
             "linear probe of the clean latents": context.accuracy(raw),
         },
         tables=[Table("Images by who is right", ["classifier", "probe right", "probe wrong"], rows)],
         notes=[CHOICE_NOTE, "The difference's interval resamples images, which both sides share."],
     )
-
-
-@torch.no_grad()
-def _classify(network: EnergyModel, latents: torch.Tensor, batch_size: int) -> np.ndarray:
-    """(M,) the energy network's own prediction of clean latents (M, C, h, w), at timestep 0."""
-    batches = latents.split(batch_size)
-    return torch.cat([network(batch.to(network.device), 0).logits.argmax(dim=1).cpu() for batch in batches]).numpy()

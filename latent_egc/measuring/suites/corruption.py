@@ -37,10 +37,8 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     positions = context.choose(np.arange(len(context.rows)), settings.num_images)
     rows, labels = context.rows[positions], context.labels[positions, None]
     clean = _predictions(context, rows, lambda row, pixels: [pixels], "no corruption") != labels
-    wrong = [
-        _predictions(context, rows, functools.partial(_series, context, name), name) != labels
-        for name in tqdm(FUNCTIONS, desc="corruptions", leave=False, disable=not context.accelerator.is_main_process)
-    ]
+    names = tqdm(FUNCTIONS, desc="corruptions", leave=False, disable=not context.accelerator.is_main_process)
+    wrong = [_predictions(context, rows, functools.partial(_series, context, name), name) != labels for name in names]
     wrong = np.stack(wrong, axis=1)  # (images, corruptions, severities)
     kinds = np.array([kind for kind, group in CATEGORIES.items() for _ in group])
     by_kind = {kind: wrong[:, kinds == kind] for kind in CATEGORIES}
@@ -71,20 +69,14 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
 
 
 def _predictions(
-    context: EvaluationContext,
-    rows: np.ndarray,
-    variants: Callable[[int, np.ndarray], list[np.ndarray]],
-    description: str,
+    context: EvaluationContext, rows: np.ndarray, variants: Callable[..., list[np.ndarray]], description: str
 ) -> np.ndarray:
     """(M, V) predicted classes of V variants of each image; `variants` makes them of a row and its pixels."""
 
     def predicted(batch: range) -> torch.Tensor:
         images = [variants(int(rows[i]), _pixels(context, int(rows[i]))) for i in batch]
-        logits = [
-            context.pipeline.classify([Image.fromarray(pixels) for pixels in variant]).logits
-            for variant in zip(*images, strict=True)
-        ]
-        return torch.stack([row.argmax(dim=1) for row in logits], dim=1)
+        variant_images = [[Image.fromarray(pixels) for pixels in variant] for variant in zip(*images, strict=True)]
+        return torch.stack([context.pipeline.classify(v).logits.argmax(dim=1) for v in variant_images], dim=1)
 
     return context.over_in_parts(len(rows), predicted, description).numpy()
 

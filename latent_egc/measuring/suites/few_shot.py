@@ -35,11 +35,7 @@ def draw_shots(labels: np.ndarray, count: int, num_classes: int, seed: int) -> n
 
 
 def run(context: ProbeContext, settings: Settings) -> SuiteResult:
-    """Mean and deviation over draws of the linear probe's accuracy.
-
-    Raises:
-        ConfigError: a class with too few images.
-    """
+    """Mean and deviation over draws of the linear probe's accuracy. Raises ConfigError: a class with too few images."""
     place, num_classes, labels = context.place, len(context.class_names), context.train_labels
     seeds = range(context.settings.seed, context.settings.seed + settings.draws)
     draws = {count: [draw_shots(labels, count, num_classes, seed) for seed in seeds] for count in settings.shots}

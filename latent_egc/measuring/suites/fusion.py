@@ -41,8 +41,7 @@ class DifFeed(nn.Module):
     """Two passes of a frozen denoiser with trained feedback between them, and attention over the second's features.
 
     Args:
-        denoiser: frozen.
-        timestep: of the latents.
+        denoiser, timestep: frozen, and the latents' timestep.
         means, deviations: block -> (D, p, p), by which its features are standardised before the head.
         head: takes the standardised maps of these blocks.
     """
@@ -63,9 +62,7 @@ class DifFeed(nn.Module):
         zeros = torch.zeros(1, denoiser.channels, denoiser.sample_size, denoiser.sample_size, device=device)
         with torch.no_grad():
             channels = {block: values.shape[1] for block, values in denoiser.features(zeros, timestep).items()}
-        self.feedback = nn.ModuleList(
-            _feedback(channels[later], channels[earlier]) for later, earlier in denoiser.feedback_pairs
-        )
+        self.feedback = nn.ModuleList(_feedback(channels[a], channels[b]) for a, b in denoiser.feedback_pairs)
 
     def forward(self, noisy_latents: torch.Tensor) -> torch.Tensor:
         """Noisy latents (N, C, h, w) -> logits (N, K)."""
@@ -99,7 +96,8 @@ def run(context: ProbeContext, settings: Settings) -> SuiteResult:
     pairs = [context.standardised(place) for place in places]
     train, validation = ([arrays[i] for arrays in pairs] for i in (0, 1))
 
-    config, flat = context.settings.linear, [_flattened(arrays) for arrays in (train, validation)]
+    config = context.settings.linear
+    flat = [np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1) for arrays in (train, validation)]
     _, joined = linear_probe(flat[0], context.train_labels, flat[1], context.labels, config, seed)
     torch.manual_seed(seed)
     device, num_classes = context.denoiser.network.device, len(context.class_names)
@@ -114,9 +112,8 @@ def run(context: ProbeContext, settings: Settings) -> SuiteResult:
     if settings.feedback_epochs > 0:
         t = context.place.timestep
         predictions[f"DifFeed at timestep {t}"], count = _diff_feed(context, settings, blocks, t)
-        notes.append(
-            f"DifFeed: the same blocks at timestep {t} alone, {settings.feedback_epochs} epochs of {count} rows."
-        )
+        epochs = settings.feedback_epochs
+        notes.append(f"DifFeed: the same blocks at timestep {t} alone, {epochs} epochs of {count} rows.")
     return SuiteResult(
         num_samples=len(context.labels),
         metrics={name: context.accuracy(found == context.labels) for name, found in predictions.items()},
@@ -138,10 +135,6 @@ def chosen_sources(context: ProbeContext, settings: Settings) -> tuple[list[str]
     blocks = settings.blocks or top(context.cache.blocks, settings.num_blocks, "block")
     timesteps = settings.timesteps or top(context.settings.timesteps, settings.num_timesteps, "timestep")
     return list(blocks), list(timesteps)
-
-
-def _flattened(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
 def _diff_feed(context: ProbeContext, settings: Settings, blocks: list[str], timestep: int) -> tuple[np.ndarray, int]:

@@ -16,20 +16,12 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from latent_egc.config import ConfigError, within
+from latent_egc.config import ConfigError, file_path, within
 from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import noise_generator
-from latent_egc.measuring import plots
+from latent_egc.measuring import feature_extractors, plots
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.feature_extractors import (
-    Extractor,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    load_extractor,
-    load_torchscript,
-    precision_and_recall,
-)
+from latent_egc.measuring.feature_extractors import Extractor
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
 
 
@@ -37,8 +29,10 @@ from latent_egc.measuring.results import Figure, Metric, SuiteResult
 class Settings:
     """Samples against the training split."""
 
-    features: tuple[str, ...] = ()  # TorchScript files, DINOv2 of transformers (Hub id or folder), or inception
-    judge: str | None = None  # TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features
+    # DINOv2 of transformers (Hub id or folder), inception, or TorchScript files: programs, which can write files.
+    features: tuple[str, ...] = file_path(())
+    # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
+    judge: str | None = file_path()
     num_samples: int = within(1000, 5)
     num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
     num_judge_images: int = within(1000, 10)  # training images for the linear judge
@@ -63,19 +57,25 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             "generation.features must name at least one extractor: a TorchScript file, images (N, 3, H, W) in [0, 1] "
             "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
         )
-    extractors = [load_extractor(source, device) for source in settings.features]
+    extractors = [feature_extractors.load_extractor(source, device) for source in settings.features]
     judge = None if settings.judge is None else _load_judge(context, settings.judge)
     train = context.splits.train
     reference = context.choose(np.arange(len(train)), settings.num_reference_images)
+    reference = context.readable(train, reference, context.data.skip_corrupt)
 
-    labels = _requested_labels(context, settings)
+    # The class of each sample, equally many of every class.
+    labels = None if context.num_classes is None else np.arange(settings.num_samples) % context.num_classes
     samples = sample_images(context, settings, labels)
     decoded = _reconstructed(context, context.splits.validation, context.rows)
     metrics: dict[str, Metric] = {}
     notes = [_how_sampled(context, settings, len(samples), len(reference))]
     pictures = []
     for number, extractor in enumerate(extractors):
-        real = _features_of_split(context, extractor, train, reference)
+        real = context.over_in_parts(
+            len(reference),
+            lambda batch, e=extractor: e(context.pixel_values(train, reference[list(batch)]) / 2 + 0.5),
+            f"{extractor.name}, {train.name}",
+        ).numpy()
         generated, floor = (_features(context, extractor, images) for images in (samples, decoded))
         for what, found in (("samples", generated), ("validation images", floor)):
             few = min(len(found), len(real))
@@ -87,11 +87,11 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
                 warnings.warn(message, stacklevel=2)
                 notes.append(message + ".")
         metrics |= _distances(context, settings, extractor.name, real, generated)
-        metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = Metric(
-            frechet_distance(real, floor)
-        )
+        distance = Metric(feature_extractors.frechet_distance(real, floor))
+        metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = distance
         if extractor.to_logits is not None:
-            score, deviation = inception_score(extractor.to_logits(torch.from_numpy(generated)), context.settings.seed)
+            logits = extractor.to_logits(torch.from_numpy(generated))
+            score, deviation = feature_extractors.inception_score(logits, context.settings.seed)
             metrics |= {"Inception score": Metric(score), "Inception score, deviation over parts": Metric(deviation)}
         if number == 0:
             pictures.append(_neighbours(context, extractor, samples, generated, real, reference))
@@ -102,24 +102,14 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
 
 def _load_judge(context: EvaluationContext, path: str) -> Extractor:
     """A TorchScript classifier, which must have the pipeline's number of classes."""
-    judge = Extractor(Path(path).stem, load_torchscript(path, "generation.judge", context.accelerator.device))
-    size = context.pipeline.image_size
-    num_logits = judge(torch.zeros(1, 3, size, size, device=context.accelerator.device)).shape[1]
+    device, size = context.accelerator.device, context.pipeline.image_size
+    judge = Extractor(Path(path).stem, feature_extractors.load_torchscript(path, "generation.judge", device))
+    num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
     if num_logits != context.num_classes:
         raise ConfigError(
             f"generation.judge: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}"
         )
     return judge
-
-
-# --- samples and their features -------------------------------------------------------------------------------------
-
-
-def _requested_labels(context: EvaluationContext, settings: Settings) -> np.ndarray | None:
-    """The class of each sample, (N,): equally many of every class; None for an unlabelled model."""
-    if context.num_classes is None:
-        return None
-    return np.arange(settings.num_samples) % context.num_classes
 
 
 def sample_images(context: EvaluationContext, settings: Settings, labels: np.ndarray | None) -> torch.Tensor:
@@ -128,15 +118,14 @@ def sample_images(context: EvaluationContext, settings: Settings, labels: np.nda
     pipeline.set_progress_bar_config(disable=True)
 
     def sampled(positions: range) -> torch.Tensor:
-        generators = [noise_generator(context.settings.seed, i) for i in positions]
-        wanted = None if labels is None else [int(labels[i]) for i in positions]
         images = pipeline(
-            wanted,
+            None if labels is None else [int(labels[i]) for i in positions],
             num_images_per_label=len(positions) if labels is None else 1,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            generator=generators,
+            generator=[noise_generator(context.settings.seed, i) for i in positions],
             output_type="pt",
+            batch_size=len(positions),
         ).images
         return _to_uint8(images)
 
@@ -162,24 +151,11 @@ def _reconstructed(context: EvaluationContext, table: ImageTable, rows: np.ndarr
 
 def _features(context: EvaluationContext, extractor: Extractor, images: torch.Tensor) -> np.ndarray:
     """(N, D) of 8-bit images (N, 3, H, W)."""
-    device = context.accelerator.device
-    return context.over(
-        len(images), lambda positions: extractor(images[list(positions)].to(device) / 255), extractor.name
-    ).numpy()
 
+    def features(batch: range) -> torch.Tensor:
+        return extractor(images[list(batch)].to(context.accelerator.device) / 255)
 
-def _features_of_split(
-    context: EvaluationContext, extractor: Extractor, table: ImageTable, rows: np.ndarray
-) -> np.ndarray:
-    """(M, D) of a split's images, which are not held in memory."""
-    return context.over_in_parts(
-        len(rows),
-        lambda positions: extractor(context.pixel_values(table, rows[list(positions)]) / 2 + 0.5),
-        f"{extractor.name}, {table.name}",
-    ).numpy()
-
-
-# --- what is reported -----------------------------------------------------------------------------------------------
+    return context.over(len(images), features, extractor.name).numpy()
 
 
 def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: int, num_reference: int) -> str:
@@ -196,12 +172,11 @@ def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: in
 def _distances(
     context: EvaluationContext, settings: Settings, name: str, real: np.ndarray, generated: np.ndarray
 ) -> dict[str, Metric]:
-    kid, deviation = kernel_distance(
-        real, generated, settings.kid_subsets, settings.kid_subset_size, context.settings.seed
-    )
-    precision, recall = precision_and_recall(real, generated)
+    subsets, size = settings.kid_subsets, settings.kid_subset_size
+    kid, deviation = feature_extractors.kernel_distance(real, generated, subsets, size, context.settings.seed)
+    precision, recall = feature_extractors.precision_and_recall(real, generated)
     return {
-        f"FD-{name}": Metric(frechet_distance(real, generated)),
+        f"FD-{name}": Metric(feature_extractors.frechet_distance(real, generated)),
         f"KID-{name}": Metric(kid),
         f"KID-{name}, deviation over subsets": Metric(deviation),
         f"precision-{name}": Metric(precision, percent=True),
@@ -230,6 +205,7 @@ def _agreement(
     else:
         train = context.splits.train
         rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
+        rows = context.readable(train, rows, context.data.skip_corrupt)
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
         classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
         predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))

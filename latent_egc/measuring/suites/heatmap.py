@@ -18,25 +18,16 @@ class Settings:
 
 
 def run(context: ProbeContext, settings: Settings) -> SuiteResult:
-    """Linear-probe accuracy of every block at every timestep.
-
-    Source: Mukhopadhyay et al., arXiv 2307.08702.
-    """
+    """Linear-probe accuracy of every block at every timestep. Source: Mukhopadhyay et al., arXiv 2307.08702."""
     scores, p = context.scores, settings.pooling
     blocks, timesteps = context.cache.blocks, context.settings.timesteps
     accuracy = np.array([[scores[Place(b, t, p)].accuracy for t in timesteps] for b in blocks])
     chosen = best(scores)
     metrics = {f"linear probe at {chosen}": context.accuracy_of(scores[chosen])}
-    picture = plots.heat_map(
-        100 * accuracy,
-        blocks,
-        [str(t) for t in timesteps],
-        ("block", "timestep", "linear-probe accuracy (%)"),
-        (blocks.index(chosen.block), timesteps.index(chosen.timestep)),
-    )
-    rows = [
-        [block, *(Metric(value, percent=True) for value in row)] for block, row in zip(blocks, accuracy, strict=True)
-    ]
+    names = ("block", "timestep", "linear-probe accuracy (%)")
+    marked = (blocks.index(chosen.block), timesteps.index(chosen.timestep))
+    picture = plots.heat_map(100 * accuracy, blocks, [str(t) for t in timesteps], names, marked)
+    rows = [[b, *(Metric(value, percent=True) for value in row)] for b, row in zip(blocks, accuracy, strict=True)]
     return SuiteResult(
         num_samples=len(context.labels),
         metrics=metrics,

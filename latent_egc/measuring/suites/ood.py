@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm.auto import tqdm
 
-from latent_egc.config import ConfigError, load_data_config, within
+from latent_egc.config import ConfigError, file_path, load_data_config, within
 from latent_egc.data.sources import load_splits
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
@@ -21,7 +21,7 @@ from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 class Settings:
     """Detection of images from a second dataset."""
 
-    data: str | None = None  # YAML file whose data section describes it; its validation split is taken
+    data: str | None = file_path()  # YAML file whose data section describes it; its validation split is taken
     num_images: int | None = within(None, 1)  # of it, drawn by the seed; null: all
     timesteps: tuple[int, ...] = within((10, 50, 100, 200, 400), 0)  # noise levels at which the energy is read too
 
@@ -49,22 +49,19 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     data = replace(load_data_config(settings.data), image_size=context.pipeline.image_size)
     table = load_splits(data, None).validation  # its labels play no part
     rows = context.choose(np.arange(len(table)), settings.num_images)
+    rows = context.readable(table, rows, data.skip_corrupt)
     other = context.encode(table, rows, "encode, out of distribution")
 
     own_scores = _scores(context, settings, context.latents, context.rows)
     other_scores = _scores(context, settings, other, rows)
     is_ood = np.concatenate([np.zeros(len(context.latents)), np.ones(len(other))])
-    found = {
-        name: {
-            title: context.with_interval(
-                statistic, is_ood, np.concatenate([own, other_scores[name]]), percent=True, strata=is_ood
-            )
+    found: dict[str, dict[str, Metric]] = {}
+    for name in tqdm(own_scores, desc="resample", leave=False, disable=not context.accelerator.is_main_process):
+        scores = np.concatenate([own_scores[name], other_scores[name]])
+        found[name] = {
+            title: context.with_interval(statistic, is_ood, scores, percent=True, strata=is_ood)
             for title, statistic in STATISTICS.items()
         }
-        for name, own in tqdm(
-            own_scores.items(), desc="resample", leave=False, disable=not context.accelerator.is_main_process
-        )
-    }
     return SuiteResult(
         num_samples=len(is_ood),
         metrics={f"{title}, {name}": metric for name, row in found.items() for title, metric in row.items()},
@@ -96,21 +93,13 @@ def _scores(
 
 
 def _figures(
-    settings: Settings,
-    own: dict[str, np.ndarray],
-    other: dict[str, np.ndarray],
-    found: dict[str, dict[str, Metric]],
+    settings: Settings, own: dict[str, np.ndarray], other: dict[str, np.ndarray], found: dict[str, dict[str, Metric]]
 ) -> list[Figure]:
     figures = []
     for i, name in enumerate(list(own)[:2]):
         picture = plots.histograms({"own": own[name], "out of distribution": other[name]}, f"score by {name}")
-        figures.append(
-            Figure(
-                f"scores_{i}",
-                f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1).",
-                picture,
-            )
-        )
+        caption = f"Score of both datasets by {name} (higher = stranger; a probability is taken from 1)."
+        figures.append(Figure(f"scores_{i}", caption, picture))
     timesteps = settings.timesteps
     if len(timesteps) > 1:
         aurocs = [found[f"energy at timestep {timestep}"]["AUROC"] for timestep in timesteps]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from latent_egc.config import ConfigError, within
+from latent_egc.config import ConfigError, file_path, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.attacks import Attack, Attacker, DenoisedClassifier, PixelClassifier, Threat
 from latent_egc.measuring.context import EvaluationContext
@@ -34,7 +34,7 @@ class Settings:
     l2_eps: tuple[float, ...] = within((0.25, 0.5, 1.0), 1e-3)
     pgd_steps: int = within(20, 1)
     pgd_restarts: int = within(2, 1)  # random starts, each on the images that still stand
-    plain: str | None = None  # pipeline or run of a plainly trained classifier, attacked alike for comparison
+    plain: str | None = file_path()  # pipeline or run of a plainly trained classifier, attacked alike for comparison
     num_autoattack_images: int = within(100, 0)  # 0: no AutoAttack
     autoattack_linf_eps_255: float = within(4.0, 1e-3, 255.0)
     autoattack_l2_eps: float = within(0.5, 1e-3)
@@ -54,22 +54,14 @@ SHOWN_IMAGES = 8
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table of attacks.
-
-    Args:
-        attack: its name.
-        threat: None without attack.
-        steps, restarts: as shown; restarts are random starts, 0 of them is one start at the image.
-        loss: what the attack maximises.
-        right: model -> (N,) whether each image is still classified right.
-    """
+    """One row of the table of attacks."""
 
     attack: str
-    threat: Threat | None
-    steps: int | str
-    restarts: int
-    loss: str
-    right: dict[str, np.ndarray]
+    threat: Threat | None  # None without attack
+    steps: int | str  # as shown
+    restarts: int  # random starts; 0: one start at the image
+    loss: str  # what the attack maximises
+    right: dict[str, np.ndarray]  # model -> (N,) whether each image is still classified right
 
 
 class Trial:
@@ -146,10 +138,8 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         attackers = {name: trial.attacker(PixelClassifier(pipeline)) for name, pipeline in pipelines.items()}
         lines = _attacked(trial, attackers)
         metrics, table = _table(context, lines)
-        tables, figures = (
-            [table, _checks(trial, attackers)],
-            [*_curves(context, lines), *_pictures(trial, attackers, lines[0].right["EGC"])],
-        )
+        tables = [table, _checks(trial, attackers)]
+        figures = [*_curves(context, lines), *_pictures(trial, attackers, lines[0].right["EGC"])]
         if settings.denoise_timesteps:
             denoised_metrics, denoised_table = _denoised(trial, attackers["EGC"])
             metrics |= denoised_metrics
@@ -214,12 +204,10 @@ def _attacked(trial: Trial, attackers: dict[str, Attacker]) -> list[Line]:
         name: str, steps: int | str, restarts: int, loss: str, threats: list[Threat], method: Callable, count=None
     ) -> None:
         """A line for each threat, weaker ones first; `method` is one of `Attacker`'s."""
-        tries = max(1, restarts)
-        found = {}
+        tries, found = max(1, restarts), {}
         for model, attacker in attackers.items():
             attacks = [partial(method, attacker, threat=threat) for threat in threats for _ in range(tries)]
-            norm = threats[0].norm
-            found[model] = trial.first_success(attacker, attacks, f"{model}, {name} in {norm}", count)
+            found[model] = trial.first_success(attacker, attacks, f"{model}, {name} in {threats[0].norm}", count)
         for number, threat in enumerate(threats, start=1):
             right = {model: first >= number * tries for model, first in found.items()}
             lines.append(Line(name, threat, steps, restarts, loss, right))
@@ -230,16 +218,11 @@ def _attacked(trial: Trial, attackers: dict[str, Attacker]) -> list[Line]:
     for threats in filter(None, (linf, l2)):
         add(f"PGD-{steps}", steps, restarts, cross_entropy, threats, partial(Attacker.pgd, num_steps=steps))
     if settings.num_autoattack_images > 0:
-        autoattack = partial(
-            Attacker.autoattack, num_steps=settings.autoattack_steps, num_queries=settings.autoattack_queries
-        )
-        how = f"{settings.autoattack_steps}, {settings.autoattack_steps}, {settings.autoattack_queries} queries"
-        for threat in (
-            Threat("l_inf", settings.autoattack_linf_eps_255 / 255),
-            Threat("l_2", settings.autoattack_l2_eps),
-        ):
-            loss = f"{cross_entropy}, DLR, margin"
-            add("AutoAttack", how, 1, loss, [threat], autoattack, settings.num_autoattack_images)
+        steps, queries, loss = settings.autoattack_steps, settings.autoattack_queries, f"{cross_entropy}, DLR, margin"
+        autoattack = partial(Attacker.autoattack, num_steps=steps, num_queries=queries)
+        how = f"{steps}, {steps}, {queries} queries"
+        for norm, eps in (("l_inf", settings.autoattack_linf_eps_255 / 255), ("l_2", settings.autoattack_l2_eps)):
+            add("AutoAttack", how, 1, loss, [Threat(norm, eps)], autoattack, settings.num_autoattack_images)
     return lines
 
 
