@@ -127,7 +127,9 @@ def _compare(run: Path, now: dict[str, Any]) -> None:
         return
     for section, values in sections.items():
         for key in [key for key in now[section] if key not in MAY_CHANGE]:
-            was, value = values.get(key), now[section][key]
+            # A key that was not there yet had the effect of its default.
+            default = getattr(getattr(Config, section, None), key, None)
+            was, value = values.get(key, default), now[section][key]
             if was == value:
                 continue
             if section in ("model", "autoencoder"):
