@@ -123,7 +123,9 @@ def _study(
     if not (context.runs_on_all_processes or accelerator.is_main_process):
         return report
     for suite, module in suites.items():
+        unfinished = folder / f"unfinished_{suite}"
         if suite not in missing:
+            shutil.rmtree(unfinished, ignore_errors=True)  # left where its page could not be drawn
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
         held = report.settings_of(suite)
@@ -131,7 +133,6 @@ def _study(
             accelerator.print(f"{suite}: begun under an earlier rule of noise, measured anew")
         # What a stopped suite left is used again by the same subject with the same settings alone.
         origin = json.dumps([report.content["subject"]["fingerprint"], wanted[suite]], sort_keys=True)
-        unfinished = folder / f"unfinished_{suite}"
         context.parts = unfinished / hashlib.sha256(origin.encode()).hexdigest()[:16]
         start = time.perf_counter()
         result = module.run(context, None if module.Settings is None else getattr(context.settings, suite))

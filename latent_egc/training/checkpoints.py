@@ -132,7 +132,8 @@ def save_checkpoint(
     def write(unfinished: Path) -> None:
         (unfinished / "state").mkdir()
         save_model(accelerator.unwrap_model(objective), str(unfinished / "state" / "model.safetensors"))
-        torch.save(optimizer.state_dict(), unfinished / "state" / "optimizer.bin")
+        with (unfinished / "state" / "optimizer.bin").open("wb") as file:  # a file of torch's own would not say "full"
+            torch.save(optimizer.state_dict(), file)
         save_pipeline(unfinished / "pipeline")
         write_record(unfinished, record)
 
