@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +115,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
         metrics.add(step, {"gradient_error": gradient_error})
     batches = micro_batches(config, data.train, vae, step, accelerator)
     num_skipped, last_log = 0, time.perf_counter()
-    with running(accelerator, lock, step, training.max_steps) as (progress, should_stop):
+    with closing(batches), running(accelerator, lock, step, training.max_steps) as (progress, should_stop):
         while step < training.max_steps:
             learning_rate = learning_rate_at(step, training)
             for group in optimizer.param_groups:
@@ -248,7 +248,10 @@ def micro_batches(
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
-    """Lets a loader's worker outlive a signal to all processes, as the batches of the last step come from it."""
+    """Lets a loader's worker outlive a signal to all processes, as the batches of the last step come from it.
+
+    It then ends by its loader alone, which must be closed, or the process that started it waits for it for ever.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -474,3 +474,22 @@ def test_launches_that_the_loop_cannot_run_are_refused(tmp_path, kind, monkeypat
     with pytest.raises(ConfigError, match=f"launched with {kind.value}: .* training.shard_optimizer=true"):
         train(run_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers_for_ever(tmp_path):
+    """They ignore the signal by which a process that ends would stop them, also where it ends by an error."""
+    script = """
+import sys
+from latent_egc.training import loop
+from tiny_runs import run_config
+def fail(*arguments):
+    raise RuntimeError("a peer is gone")
+loop.refuse_not_finite = fail
+config = run_config(sys.argv[1], max_steps=100)
+loop.train(loop.dataclasses.replace(config, data=loop.dataclasses.replace(config.data, num_workers=1)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "a peer is gone" in ended.stderr
