@@ -326,7 +326,7 @@ def test_each_view_has_a_posterior_noise_of_its_own(tmp_path, sample_posterior):
     data, vae = write_images(tmp_path / "images"), tiny_kl()
     views = PixelViews(load_splits(data, 3).train, data, seed=0)
     batch = default_collate(TrainingSamples(views, 0, (2, 4, 4), 1000, 0.1).__getitems__([0, 1]))
-    batch["clean_view"] = batch["view"]
+    batch["clean_view"], batch["clean_labels"] = batch["view"], batch["class_labels"]
     with torch.no_grad():
         inputs = objective_inputs(batch, views, vae, sample_posterior, labelled=True)
         moments = views.moments(vae, batch["view"])
