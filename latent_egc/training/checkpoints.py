@@ -156,6 +156,8 @@ def load_checkpoint(run: Path, objective: EGCObjective, optimizer: AcceleratedOp
         average.load_state_dict({"optimization_step": step, "shadow_params": [p.detach() for p in model.parameters()]})
         load_model(objective, newest / "state" / "model.safetensors")
         state = torch.load(newest / "state" / "optimizer.bin", map_location="cpu", weights_only=True)
+        for group in state["param_groups"]:  # as this loop makes it, which did not always
+            group["fused"] = True
         optimizer.load_state_dict(state)
     except Exception as error:  # torch, safetensors and pickle have no common error for a damaged file
         raise CheckpointError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +38,6 @@ from latent_egc.training.build import Data, build_data, build_model, build_pipel
 from latent_egc.training.checkpoints import (
     CheckpointRecord,
     MetricsLog,
-    checkpoint_folders,
     load_checkpoint,
     read_metrics,
     save_checkpoint,
@@ -46,6 +45,7 @@ from latent_egc.training.checkpoints import (
 from latent_egc.training.figures import save_curves, save_samples
 from latent_egc.training.gradient_check import check_gradients
 from latent_egc.training.run_folder import prepare_run_folder
+from latent_egc.training.step import LateNumbers, take_step
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
@@ -61,10 +61,6 @@ REFUSED_LAUNCHES = {
         "its engine steps the optimiser inside the backward pass, before a loss that is not finite can be caught"
     ),
 }
-
-
-class NonFiniteLossError(FloatingPointError):
-    """Training stopped before a loss that is not finite could reach the weights."""
 
 
 def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, data: Data | None = None) -> Path:
@@ -114,44 +110,44 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     if training.checks_gradients:
         metrics.add(step, {"gradient_error": gradient_error})
     batches = micro_batches(config, data.train, vae, step, accelerator)
+    late = LateNumbers(step, folder, accelerator.num_processes)
     num_skipped, last_log = 0, time.perf_counter()
     with closing(batches), running(accelerator, lock, step, training.max_steps) as (progress, should_stop):
         while step < training.max_steps:
             learning_rate = learning_rate_at(step, training)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            result = accumulate_gradients(objective, batches, training, accelerator, should_stop)
-            refuse_not_finite(result.values, step, folder)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.step(model.parameters())
-            step, num_skipped = step + 1, num_skipped + result.num_skipped
-            last = step == training.max_steps
+            late.add(take_step(objective, optimizer, average, batches, training, accelerator, should_stop))
+            step += 1
+            last, stopped = step == training.max_steps, False
+            every = (training.log_every, training.validate_every, training.sample_every, training.checkpoint_every)
+            due = [last or step % steps == 0 for steps in every]
+            log_due, validation_due, samples_due, checkpoint_due = due
+            for result in late.read(leave=0 if any(due) else 1):
+                num_skipped, stopped = num_skipped + result.num_skipped, stopped or (result.stop and not last)
+                progress.set_postfix(result.values, refresh=False)
             progress.update()
-            progress.set_postfix(result.values, refresh=False)
 
-            if step % training.log_every == 0 or last:
+            if log_due:
                 now = time.perf_counter()
                 times = {"seconds_since_last_log": now - last_log, "num_skipped_images": num_skipped}
                 metrics.add(step, result.values | {"learning_rate": learning_rate} | times)
                 last_log = now
-            stopped = result.stop and not last
-            checkpoint_due = step % training.checkpoint_every == 0 or last or stopped
             score = None
             # A checkpoint is always validated, so that the best one is known; but not when there is no time left.
-            if (checkpoint_due or step % training.validate_every == 0) and not stopped:
+            if (checkpoint_due or validation_due) and not stopped:
                 with averaged_weights(model, average):
                     found = validate(model, *validation, accelerator, training.train_batch_size)
                 metrics.add(step, found)
                 accelerator.print(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 score = found.get("validation_accuracy", -found["validation_denoising_loss"])
-            if (step % training.sample_every == 0 or last) and not stopped:
+            if samples_due and not stopped:
                 if accelerator.is_main_process:
                     draw = partial(save_samples, pipeline, config.sampling, step)
                     with averaged_weights(model, average):
                         replace_file(folder / "samples" / f"step-{step:08d}.png", draw)
                 accelerator.wait_for_everyone()
-            if checkpoint_due:
+            if checkpoint_due or stopped:
                 record = CheckpointRecord(step, score)
                 parts = (objective, optimizer, save_pipeline)
                 save_checkpoint(folder, record, accelerator, *parts, training.keep_checkpoints)
@@ -204,6 +200,7 @@ def prepare(
         objective.forward = CompiledForward(objective)
     objective = accelerator.prepare(objective)
     options = {"lr": training.learning_rate, "betas": training.adam_betas, "weight_decay": training.weight_decay}
+    options["fused"] = True  # can leave a step out on the device, see `take_step`
     if training.shard_optimizer and accelerator.num_processes > 1:  # each process keeps a part of the state
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, **options)
     else:
@@ -275,50 +272,6 @@ def objective_inputs(
         clean_latents = latents("clean_view", "clean_posterior_noise")
         inputs |= {key: batch[key] for key in ("class_labels", "clean_labels")} | {"clean_latents": clean_latents}
     return inputs
-
-
-class StepResult(NamedTuple):
-    """What the micro-batches of one step gave, over all processes."""
-
-    values: dict[str, float]  # means of the objective's losses, and grad_norm
-    num_skipped: int  # corrupt images
-    stop: bool  # some process was asked to
-
-
-def accumulate_gradients(
-    objective: nn.Module,
-    batches: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]],
-    training: TrainingConfig,
-    accelerator: Accelerator,
-    should_stop: Callable[[], bool],
-) -> StepResult:
-    """The gradients of one step, clipped, from the next of `micro_batches`; `should_stop` is asked after it."""
-    # loss, denoising_loss, classification_loss, images skipped, processes asked to stop
-    totals = torch.zeros(5, device=accelerator.device)
-    for _ in range(training.gradient_accumulation_steps):
-        inputs, num_skipped = next(batches)
-        with accelerator.accumulate(objective):
-            losses = objective(**inputs)
-            accelerator.backward(losses.loss)
-            if accelerator.sync_gradients:
-                limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
-                grad_norm = accelerator.clip_grad_norm_(objective.parameters(), limit)
-        totals[:3] += torch.stack(losses).detach() / training.gradient_accumulation_steps
-        totals[3] += num_skipped
-    totals[4] = should_stop()
-    *means, skipped, stop = accelerator.reduce(totals, "mean").tolist()
-    values = dict(zip(losses._fields, means, strict=True)) | {"grad_norm": float(grad_norm)}
-    return StepResult(values, round(skipped * accelerator.num_processes), stop > 0)
-
-
-def refuse_not_finite(values: dict[str, float], step: int, folder: Path) -> None:
-    """Raises NonFiniteLossError where a loss or the gradient's norm is not finite."""
-    if not all(map(math.isfinite, values.values())):
-        kept = checkpoint_folders(folder)
-        raise NonFiniteLossError(
-            f"not finite at step {step}: {values}; it did not touch the weights, the last checkpoint is "
-            f"{kept[-1] if kept else 'none'}; a lower training.learning_rate or training.max_grad_norm may help"
-        )
 
 
 @contextmanager

@@ -36,7 +36,8 @@ from latent_egc.training.checkpoints import (
     resolve_pipeline,
 )
 from latent_egc.training.figures import save_samples
-from latent_egc.training.loop import NonFiniteLossError, learning_rate_at, objective_inputs, train
+from latent_egc.training.loop import learning_rate_at, objective_inputs, train
+from latent_egc.training.step import NonFiniteLossError
 
 
 def test_smoke_run_reaches_its_golden_losses(tmp_path):
@@ -484,7 +485,7 @@ from latent_egc.training import loop
 from tiny_runs import run_config
 def fail(*arguments):
     raise RuntimeError("a peer is gone")
-loop.refuse_not_finite = fail
+loop.take_step = fail
 config = run_config(sys.argv[1], max_steps=100)
 loop.train(loop.dataclasses.replace(config, data=loop.dataclasses.replace(config.data, num_workers=1)))
 """
