@@ -23,7 +23,7 @@ from latent_egc.models.weights import align_weights, check_weights
 from .class_names import ClassLabels, label_ids
 from .images import preprocess_images
 from .latents import decode_latents, latent_channels, latent_moments, scale_latents, vae_scale_factor
-from .sampling_checks import check_counts, check_scales, check_start, latent_length
+from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
 from .schedulers import check_scheduler, set_timesteps, step_options
 from .self_contained import SelfContainedPipeline
 
@@ -224,6 +224,7 @@ class EGCPipeline(SelfContainedPipeline):
         height: int | None = None,
         width: int | None = None,
         batch_size: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | tuple:
         """Samples images.
 
@@ -254,6 +255,8 @@ class EGCPipeline(SelfContainedPipeline):
             eta: DDIM's share of noise in each step, 0 = none; for schedulers that take it.
             height, width: of the images, in pixels; None: `image_size`.
             batch_size: images sampled at once; None: what memory surely holds, by their size.
+            guidance_interval: where both guidances act, lowest and highest noise level as shares of all timesteps
+                (Kynkaanniemi et al., arXiv 2404.07724); elsewhere a step costs 2 units with a class embedding too.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)`.
@@ -276,6 +279,7 @@ class EGCPipeline(SelfContainedPipeline):
             for name, pixels in (("height", height), ("width", width))
         ]
         check_scales(self.energy_model, labels, guidance_scale, classifier_free_scale)
+        check_interval(guidance_interval)
         check_start(generator, latents, num_images, tuple(size))
         check_scheduler(self.scheduler, self.energy_model)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
@@ -306,6 +310,7 @@ class EGCPipeline(SelfContainedPipeline):
                 latents[rows] * call.scheduler.init_noise_sigma,
                 None if labels is None else labels[rows],
                 classifier_free_scale,
+                guidance_interval,
                 step_options(call.scheduler, generator[rows] if isinstance(generator, list) else generator, eta),
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
@@ -324,22 +329,26 @@ class EGCPipeline(SelfContainedPipeline):
         latents: torch.Tensor,
         labels: torch.Tensor | None,
         classifier_free_scale: float,
+        guidance_interval: tuple[float, float],
         step_kwargs: dict[str, Any],
         callback: Callable[["EGCPipeline", int, Any, dict[str, Any]], dict[str, Any] | None] | None,
         callback_inputs: Sequence[str],
         interrupted: Callable[[], bool],
     ) -> torch.Tensor:
         """Noise (N, C, h, w) to clean latents, by the steps that this call's scheduler has been set to."""
+        noise_levels = (self.scheduler.timesteps / self.energy_model.config.num_train_timesteps).tolist()
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 if interrupted():
                     break
+                guided = guidance_interval[0] <= noise_levels[step] <= guidance_interval[1]
                 epsilon = self.energy_model.epsilon(
                     self.scheduler.scale_model_input(latents, timestep),
                     timestep,
                     labels,
-                    guidance_scale=self.guidance_scale,
-                    classifier_free_scale=classifier_free_scale,
+                    guidance_scale=self.guidance_scale if guided else 0.0,
+                    # Unguided is the energy that sees the label, if it was to see one at all.
+                    classifier_free_scale=classifier_free_scale if guided else float(classifier_free_scale != 0),
                 )
                 latents = self.scheduler.step(epsilon, timestep, latents, **step_kwargs).prev_sample
                 if callback is not None:

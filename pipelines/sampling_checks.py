@@ -39,6 +39,12 @@ def check_scales(
         )
 
 
+def check_interval(guidance_interval: tuple[float, float]) -> None:
+    """Raises ValueError unless these are two shares in order."""
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise ValueError(f"guidance_interval must be two shares, 0 <= start <= stop <= 1, got {guidance_interval}")
+
+
 def check_start(
     generator: torch.Generator | list[torch.Generator] | None,
     latents: torch.Tensor | None,

@@ -32,8 +32,8 @@ NULL_LABEL = -1
 
 
 def _values_can_be_checked(tensor: torch.Tensor) -> bool:
-    """Compiled code cannot branch on values, and a tensor on the meta device has none."""
-    return not torch.compiler.is_compiling() and tensor.device.type != "meta"
+    """Compiled code cannot branch on values; other devices would be waited for, and their own kernels check indices."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
 def _repeated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -179,6 +179,38 @@ def test_a_guided_step_is_one_forward_pass(monkeypatch, scale):
     assert rows == [4, 4, 4]  # 2N rows in each of the three steps
 
 
+@pytest.mark.parametrize("scales", [{"guidance_scale": 2.0}, {"guidance_scale": 0.0, "classifier_free_scale": 1.5}])
+def test_outside_the_interval_a_step_is_unguided_and_half_as_large(monkeypatch, scales):
+    pipeline, calls = tiny_pipeline(class_embedding=True), []
+    epsilon = pipeline.energy_model.epsilon
+
+    def counted(latents, timestep, labels, **used):
+        calls.append((int(timestep), used))
+        return epsilon(latents, timestep, labels, **used)
+
+    monkeypatch.setattr(pipeline.energy_model, "epsilon", counted)
+    everywhere = sample(pipeline, ["cat", "dog"], **scales)
+    assert torch.equal(sample(pipeline, ["cat", "dog"], guidance_interval=(0, 1), **scales), everywhere)
+    calls.clear()
+    network, rows = pipeline.energy_model.network, []
+    monkeypatch.setattr(
+        pipeline.energy_model, "network", lambda latents, *rest: rows.append(len(latents)) or network(latents, *rest)
+    )
+    assert not torch.equal(sample(pipeline, ["cat", "dog"], guidance_interval=(0.3, 0.6), **scales), everywhere)
+    unguided, full = {"guidance_scale": 0.0, "classifier_free_scale": 1.0}, {"classifier_free_scale": 1.0} | scales
+    assert calls == [(666, unguided), (333, full), (0, unguided)]
+    assert rows == [2, 4, 2]
+
+
+def test_outside_the_interval_a_network_without_class_embedding_sees_no_label():
+    pipeline = tiny_pipeline()
+    never = sample(pipeline, "cat", guidance_interval=(1.0, 1.0))
+    torch.testing.assert_close(never, sample(pipeline))
+    for wrong in ((0.6, 0.3), (-0.1, 1.0), (0.0, 1.1), (0.5,)):
+        with pytest.raises(ValueError, match="guidance_interval must be two shares"):
+            sample(pipeline, "cat", guidance_interval=wrong)
+
+
 def test_images_are_decoded_in_slices(monkeypatch):
     pipeline, sizes = tiny_pipeline(), []
     whole = sample(pipeline, "cat", num_images_per_label=5)
