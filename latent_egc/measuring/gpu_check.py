@@ -32,7 +32,7 @@ PARTS = {
     "parity": 90,
     "sharding": 60,
     "transformer_speed": 120,
-    "memory": 90,
+    "memory": 110,
     "unet_speed": 100,
     "compiled_speed": 200,
     "compiled_parity": 200,

@@ -135,29 +135,30 @@ def compiled_speed(device: torch.device, tiny: bool) -> Iterator[Row]:
 
 
 def memory(device: torch.device, tiny: bool) -> Iterator[Row]:
-    """Peak memory, beyond weights and batch, of a bf16 training step of size B on one row, over 256 to 16,384 tokens."""
+    """Peak memory, beyond weights and batch, of a bf16 training step of size B on one row, by the number of tokens."""
     network, rows = (TINY_NETWORKS["transformer"], 2) if tiny else (TRANSFORMER_B, 1)
     kernels = {("chunked", False): 1, ("chunked", True): 1, ("math", False): math.inf}
     for num_tokens in (16, 64) if tiny else TOKENS:
         size = 2 * math.isqrt(num_tokens)
-        config = _config(network | {"sample_size": size}, rows, "bf16")
+        work = make_workload(_config(network | {"sample_size": size}, rows, "bf16"), device)
         for (attention, checkpointing), chunked_from in kernels.items():
             row = {"tokens": num_tokens, "attention": attention, "checkpointing": checkpointing, "rows": rows}
-            yield _attempt(row, partial(_step_memory, config, device, checkpointing, chunked_from), device)
+            yield _attempt(row, partial(_step_memory, work, device, checkpointing, chunked_from), device)
 
 
 def sharding(device: torch.device, tiny: bool) -> Iterator[Row]:
     """Gradients of an objective whose parameters FSDP2 shards in a group of one process, against the plain ones."""
-    # A store within the process: no port, no name of a host.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for backbone in PARITY_NETWORKS:
-            for precision in ("float32", "bf16"):
-                row = {"backbone": backbone, "precision": precision}
-                yield _attempt(row, partial(_sharding_error, backbone, precision, device, tiny), device)
-    finally:
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)  # no port, no name of a host
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            for backbone in PARITY_NETWORKS:
+                for precision in ("float32", "bf16"):
+                    row = {"backbone": backbone, "precision": precision}
+                    yield _attempt(row, partial(_sharding_error, backbone, precision, device, tiny), device)
+        finally:
+            dist.destroy_process_group()
 
 
 def training(device: torch.device, tiny: bool) -> Iterator[Row]:
@@ -287,8 +288,7 @@ def _measured(make: Callable[[], list[Pair]], device: torch.device, repeats: int
     return {"pairs": [pair.to_dict() for pair in pairs]}
 
 
-def _step_memory(config: Config, device: torch.device, checkpointing: bool, chunked_from: float) -> Row:
-    work = make_workload(config, device)
+def _step_memory(work: Workload, device: torch.device, checkpointing: bool, chunked_from: float) -> Row:
     if checkpointing:
         work = steps.with_checkpointing(work)
     step = partial(steps.chunked_step, work, chunked_from)
