@@ -29,8 +29,8 @@ from latent_egc.measuring.gpu_tables import render
 
 # Functions of gpu_parts.py -> the most seconds each may take. What needs the compiler comes last.
 PARTS = {
-    "parity": 90,
-    "sharding": 60,
+    "parity": 120,
+    "sharding": 90,
     "transformer_speed": 120,
     "memory": 110,
     "unet_speed": 100,
