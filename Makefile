@@ -1,9 +1,10 @@
-# make quickstart: train on digits, sample, classify.   make test: the tests.   Both make the environment they need.
+# make quickstart: train on digits, sample, classify.   make test: the tests.   make gpu-check: a CUDA device measured.
+# Each makes the environment it needs.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-compiler test-faults lint
+.PHONY: quickstart test test-compiler test-faults gpu-check lint
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,10 @@ test-compiler: $(VENV)/installed
 # Kills, full disks and damaged images: a line each; see docs/security.md.
 test-faults: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -v -m faults tests/faults
+
+# Gradients, speed, memory and sharding on a CUDA device, into gpu_check.json, in at most 9 minutes.
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m latent_egc.measuring.gpu_check
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -76,7 +76,9 @@ def embedding_pairs(work: Workload) -> list[Pair]:
     fast = _side("full step, class embedding, dropped", steps.full_step, work, dropped, units=9)
     guided = _side("guided sampling step, class embedding", steps.guided_step, work, work.model.epsilon, units=4)
     two_passes = _side("guidance in two passes, class embedding", steps.two_pass_guided_step, work, units=4)
-    return [Pair(full, published), Pair(fast, published), Pair(guided, two_passes)]
+    classifier_free = _side("classifier-free guidance, noise prediction", steps.classifier_free_step, work, units=2)
+    pairs = [Pair(full, published), Pair(fast, published)]
+    return [*pairs, Pair(guided, two_passes), Pair(guided, classifier_free)]
 
 
 def variant_pairs(work: Workload) -> list[Pair]:

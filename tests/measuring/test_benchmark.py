@@ -46,6 +46,7 @@ ROWS = [
     ("full step, class embedding", "step as published, class embedding", 1.0),
     ("full step, class embedding, dropped", "step as published, class embedding", 0.75),
     ("guided sampling step, class embedding", "guidance in two passes, class embedding", 1.0),
+    ("guided sampling step, class embedding", "classifier-free guidance, noise prediction", 2.0),
     ("full step, compiled", "full step, eager", None),
     ("full step, checkpointed", "full step, eager", None),
     ("full step, chunked attention", "full step, math attention", None),
