@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny_unet
 from tiny_images import write_folder
+from tiny_runs import run_config
 from torch.utils.data import DataLoader
 
 from latent_egc import EGCObjective
@@ -21,9 +22,11 @@ from latent_egc.data.stream import (
     random_stream,
     sample_draws,
     timestep_probabilities,
+    timestep_sampling,
 )
 from latent_egc.data.views import PixelViews
 from latent_egc.models.noise_schedule import noise_schedule
+from latent_egc.training.build import resolve
 
 
 @pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (3, 1), (2, 4)])
@@ -91,6 +94,18 @@ def test_draws_are_a_function_of_seed_and_sample():
         assert not torch.equal(other["noise"], first["noise"])
     assert not torch.equal(first["noise"], first["posterior_noise"])
     assert not torch.equal(first["posterior_noise"], first["clean_posterior_noise"])
+
+
+def test_uniform_timesteps_are_those_of_every_run_so_far(tmp_path):
+    draws = [sample_draws(3, number, (1, 1, 2), 1000, 0.1) for number in range(6)]
+    assert [int(draw["timesteps"]) for draw in draws] == [750, 139, 770, 993, 207, 379]
+    assert timestep_sampling(resolve(run_config(tmp_path))) is None
+    config = write_folder(tmp_path / "images")
+    samples = TrainingSamples(PixelViews(load_splits(config, 2).train, config, 3), 3, (1, 1, 2), 1000, 0.1)
+    (item,) = samples.__getitems__([5])
+    assert torch.equal(item["noise"], draws[5]["noise"])
+    assert item["timesteps"] == 379
+    assert not item.keys() & {"timestep_weights", "clean_erasing", "clean_mixing"}
 
 
 def test_draws_are_standard_normal_uniform_and_uncorrelated():
@@ -178,7 +193,7 @@ def test_other_classification_timesteps_leave_the_drawn_ones_alone():
 @pytest.mark.parametrize(("drawn", "wanted"), [((-0.5, 1.2), None), (None, (-1.0, 0.8)), ((0.0, 1.0), (-1.0, 0.8))])
 def test_weighted_classification_has_the_mean_over_the_wanted_timesteps(drawn, wanted):
     """Over all timesteps at once: sum over t of p(t) loss(t, q / p) is sum over t of q(t) loss(t)."""
-    model = tiny_unet(num_train_timesteps=12).double()
+    model = tiny_unet(num_train_timesteps=6).double()
     alphas_cumprod = model.alphas_cumprod.numpy()
     config = ObjectiveConfig(timestep_log_normal=drawn, classification_log_normal=wanted)
     weights = TimestepSampling(config, alphas_cumprod, 0).weights
@@ -192,5 +207,5 @@ def test_weighted_classification_has_the_mean_over_the_wanted_timesteps(drawn, w
         arguments = nothing | {"timesteps": torch.tensor([t]), "timestep_weights": torch.tensor([weight])}
         return EGCObjective(model)(latents, torch.tensor([1]), **arguments).classification_loss.item()
 
-    drawn_mean = sum(p[t] * loss(t, float(weights[t])) for t in range(12))
-    assert drawn_mean == pytest.approx(sum(q[t] * loss(t, 1.0) for t in range(12)), rel=1e-6)
+    drawn_mean = sum(p[t] * loss(t, float(weights[t])) for t in range(6))
+    assert drawn_mean == pytest.approx(sum(q[t] * loss(t, 1.0) for t in range(6)), rel=1e-6)
