@@ -12,10 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from latent_egc.config import load_config
-from latent_egc.objective import EGCLosses, EGCObjective
+from latent_egc.objective import EGCLosses, EGCObjective, cross_entropy
 from latent_egc.training.checkpoints import read_metrics
 from latent_egc.training.loop import train
 
@@ -28,9 +27,7 @@ class PlainObjective(EGCObjective):
     ) -> EGCLosses:
         """As `EGCObjective.forward`. As there, the mean is over all rows, and one without a label adds 0."""
         logits = self.energy_model(clean_latents, 0).logits
-        loss = F.cross_entropy(
-            logits, clean_labels, ignore_index=-1, label_smoothing=self.label_smoothing, reduction="none"
-        ).mean()
+        loss = cross_entropy(logits, clean_labels, self.label_smoothing).mean()
         return EGCLosses(loss, torch.zeros_like(loss), loss)
 
 

@@ -46,9 +46,7 @@ def file_path(default: Any = None) -> Any:
 class AutoencoderConfig:
     """The pretrained autoencoder; it is never trained."""
 
-    path: str | None = file_path(
-        "digits_vae"
-    )  # "digits_vae" (in the package), a Hub id, a folder, or null for pixel space
+    path: str | None = file_path("digits_vae")  # "digits_vae" (packaged), a Hub id, a folder; null: pixel space
     subfolder: str | None = None  # such as "vae" inside a Stable Diffusion repository
     sample_posterior: bool = True  # train on posterior samples; false: on posterior means
     slicing: bool = False  # encode and decode one image at a time, for large images
@@ -58,9 +56,7 @@ class AutoencoderConfig:
 class DataConfig:
     """Images, labels and their views."""
 
-    dataset: str = file_path(
-        "digits"
-    )  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
+    dataset: str = file_path("digits")  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", ...
     subset: str | None = None  # the Hub dataset's configuration
     data_dir: str | None = file_path()
     data_files: str | dict[str, str] | None = file_path()  # noqa: RUF009, a field
@@ -73,6 +69,13 @@ class DataConfig:
     image_size: int = within(32, 1, 2**14)  # pixels, height and width
     horizontal_flip: bool = False
     random_resized_crop: tuple[float, float] | None = within((0.5, 1.0), 0.01, 1.0)  # area share, clean branch only
+    random_resized_crop_ratio: tuple[float, float] = within((3 / 4, 4 / 3), 0.01, 100.0)  # width / height
+    # Of the clean latents, with timm's names and meanings.
+    reprob: float = within(0.0, 0.0, 1.0)  # share of the rows in which a box is erased
+    mixup: float = within(0.0, 0.0)  # alpha of the Beta distribution; 0: no Mixup
+    cutmix: float = within(0.0, 0.0)  # likewise
+    mixup_prob: float = within(1.0, 0.0, 1.0)  # share of the pairs that are mixed at all
+    mixup_switch_prob: float = within(0.5, 0.0, 1.0)  # of these, share of CutMix where both are on
     num_views: int = within(4, 1, 2**10)  # encoded views of each image for the clean branch, in a latent cache
     latent_cache: str | None = file_path()  # folder written by `latent-egc encode`; null: training reads pixels
     num_workers: int = within(0, 0, 2**10)
@@ -89,6 +92,11 @@ class ObjectiveConfig:
     # With a class embedding: the noisy cross entropy of all rows, or of those whose label is dropped, which is cheaper.
     noisy_classification: Literal["all", "dropped"] = "all"
     clean_fraction: float = within(1.0, 1e-3, 1.0)  # share of the rows that the clean branch sees, weighted by 1 / it
+    snr_gamma: float | None = within(None, 1e-3)  # Min-SNR weights of the denoising loss, 5 as published; null: none
+    # Timesteps by a normal distribution (mean, std) of log(sigma_t / alpha_t); null: uniform.
+    timestep_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)
+    classification_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)  # the noisy cross entropy's own
+    low_discrepancy_timesteps: bool = False  # spread evenly over any successive samples, not drawn independently
 
 
 @dataclass(frozen=True)
@@ -163,9 +171,7 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies overrides such as "training.max_steps=500".
 
-    Raises:
-        ConfigError: a missing or unreadable file, an unknown key (with a suggestion), a wrong type, a value out of
-            range, or an override that is not KEY=VALUE.
+    Raises ConfigError: a missing or unreadable file, or a key, type, value or override that cannot be used.
     """
     return parse_config(read_sections(path, overrides))
 
@@ -173,8 +179,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_data_config(path: str | Path) -> DataConfig:
     """The `data` section of a YAML file, a training config for example; its other sections are not looked at.
 
-    Raises:
-        ConfigError: as `load_config`, or a file without a `data` section.
+    Raises ConfigError as `load_config` does, or for a file without a `data` section.
     """
     values = read_sections(path)
     if "data" not in values:
@@ -202,8 +207,7 @@ def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Writes overrides such as "training.max_steps=500" into nested sections.
 
-    Raises:
-        ConfigError: an override that is not KEY=VALUE, or goes below a value.
+    Raises ConfigError: an override that is not KEY=VALUE, or goes below a value.
     """
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -234,10 +238,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     _check_data(config.data)
     _check_output(config)
     if config.training.compile and config.training.activation_checkpointing:
-        raise ConfigError(
-            "training.compile and training.activation_checkpointing exclude each other: a compiled step takes the "
-            "input gradient by torch.func.grad, and recomputation belongs to autograd's; set one to false"
-        )
+        # A compiled step takes the input gradient by torch.func.grad, and recomputation belongs to autograd's.
+        raise ConfigError("training.compile and training.activation_checkpointing exclude each other")
     return config
 
 
@@ -278,9 +280,9 @@ def _check_data(config: DataConfig) -> None:
         for name in value.values() if isinstance(value, dict) else [value]:
             if name is not None and "://" not in name and "*" not in name and not Path(name).exists():
                 raise ConfigError(f"data.{key}: no such file or folder: {name}")
-    crop = config.random_resized_crop
-    if crop is not None and crop[0] > crop[1]:
-        raise ConfigError(f"data.random_resized_crop must be (smallest, largest) area, got {list(crop)}")
+    for key, what in (("random_resized_crop", "area"), ("random_resized_crop_ratio", "width / height")):
+        if (bounds := getattr(config, key)) is not None and bounds[0] > bounds[1]:
+            raise ConfigError(f"data.{key} must be (smallest, largest) {what}, got {list(bounds)}")
 
 
 def parse_dataclass(cls: type, values: Any, prefix: str) -> Any:

@@ -1,6 +1,6 @@
 """The training loss: denoise with the energy's gradient, classify with its logits.
 
-    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2
+    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2, where asked with Min-SNR weights
     classification_loss = mean over the 2N rows [(z_t, t, y); (z_0', 0, y)] of alpha_t * cross entropy
     loss                = denoising_loss + classification_weight * classification_loss
 
@@ -46,6 +46,8 @@ class EGCObjective(nn.Module):
         classification_weight: gamma >= 0.
         label_smoothing: of the cross entropy, in [0, 1).
         label_drop: the probability with which labels are dropped; needed by "dropped" only.
+        snr_gamma: gamma > 0 of the Min-SNR weights of the denoising loss, min(SNR, gamma) / SNR for a network that
+            predicts epsilon, SNR = (alpha_t / sigma_t)^2; None: no weights. Source: Hang et al. (ICCV 2023).
         noisy_classification: whose noisy latents are classified, for a model with a class embedding: "all" rows', or
             those of "dropped" rows, each weighted by 1 / label_drop. The expectation is the same: the sum is divided by
             a fixed number, never by how many were dropped.
@@ -61,12 +63,15 @@ class EGCObjective(nn.Module):
         label_smoothing: float = 0.0,
         label_drop: float = 0.0,
         noisy_classification: Literal["all", "dropped"] = "all",
+        snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         if classification_weight < 0:
             raise ValueError(f"classification_weight must not be negative, got {classification_weight}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ValueError(f"snr_gamma must be positive or None, got {snr_gamma}")
         if noisy_classification not in ("all", "dropped"):
             raise ValueError(f"noisy_classification must be 'all' or 'dropped', got {noisy_classification!r}")
         if noisy_classification == "dropped" and not (energy_model.config.class_embedding and 0 < label_drop <= 1):
@@ -79,6 +84,7 @@ class EGCObjective(nn.Module):
         self.label_smoothing = label_smoothing
         self.label_drop = label_drop
         self.noisy_classification = noisy_classification
+        self.snr_gamma = snr_gamma
 
     def forward(
         self,
@@ -89,6 +95,7 @@ class EGCObjective(nn.Module):
         clean_labels: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
+        timestep_weights: torch.Tensor | None = None,
         label_dropped: torch.Tensor | None = None,
     ) -> EGCLosses:
         """Losses of one batch.
@@ -99,9 +106,12 @@ class EGCObjective(nn.Module):
                 still divides by all rows. None: unlabelled data; required by a model with classes.
             clean_latents: (M, C, h, w), the other augmentation z_0' of all rows or of a fixed number of them,
                 classified at timestep 0 with weight N / M; required by a model with classes.
-            clean_labels: (M,) int64, theirs; None: `class_labels`.
+            clean_labels: theirs, (M,) int64, or (M, K) the share of each class in a row, which may sum to less than 1
+                where the rest has no label: that rest adds 0 to the classification loss. None: `class_labels`.
             noise: (N, C, h, w); None: standard normal.
             timesteps: (N,); None: uniform integers in [0, num_train_timesteps).
+            timestep_weights: (N,), factors of the noisy rows' cross entropy: q(t) / p(t) where `timesteps` are drawn
+                from p and its mean over q is meant; None: 1.
             label_dropped: (N,) bool, rows whose class embedding sees the null label; None: none. Their classification
                 target stays. Without effect on a model without class embedding.
 
@@ -122,9 +132,15 @@ class EGCObjective(nn.Module):
                 raise ValueError("a model with classes needs class_labels and clean_latents")
             model.check_labels("class_labels", class_labels, num_rows, lowest=UNLABELLED)
             clean_labels = class_labels if clean_labels is None else clean_labels
-            model.check_labels("clean_labels", clean_labels, len(clean_latents), lowest=UNLABELLED)
+            if clean_labels.ndim == 1:
+                model.check_labels("clean_labels", clean_labels, len(clean_latents), lowest=UNLABELLED)
+            elif clean_labels.shape != (len(clean_latents), num_classes) or not clean_labels.is_floating_point():
+                raise ValueError(
+                    f"clean_labels must be ({len(clean_latents)},) int64 or ({len(clean_latents)}, {num_classes}) "
+                    f"floats, got {tuple(clean_labels.shape)} {clean_labels.dtype}"
+                )
 
-        levels = alpha, _ = model.noise_levels(timesteps)
+        levels = alpha, sigma = model.noise_levels(timesteps)
         noisy_latents = add_noise(latents, noise, levels)
         embedded_labels = None
         if model.config.class_embedding:
@@ -133,33 +149,50 @@ class EGCObjective(nn.Module):
                 seen = seen & ~label_dropped
             embedded_labels = torch.where(seen, class_labels, NULL_LABEL)
         epsilon, (output,) = input_gradient(energy_potential(model, embedded_labels), noisy_latents, timesteps)
-        denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
+        if self.snr_gamma is None:
+            denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
+        else:
+            min_snr_weights = (self.snr_gamma * sigma**2 / alpha**2).clamp(max=1)
+            denoising_loss = (min_snr_weights * (epsilon - noise).square().mean(dim=(1, 2, 3))).mean()
         if num_classes is None:
             return EGCLosses(denoising_loss, denoising_loss, torch.zeros_like(denoising_loss))
 
-        clean_timesteps = torch.zeros_like(clean_labels)
+        clean_timesteps = class_labels.new_zeros(len(clean_latents))
         clean_alpha, _ = model.noise_levels(clean_timesteps)
         # Of the noisy and of the clean rows, so that their mean over 2N is what it is where all rows are classified.
-        weights = alpha, clean_alpha * (num_rows / len(clean_labels))
+        noisy_weights = alpha if timestep_weights is None else alpha * timestep_weights
+        clean_weights = clean_alpha * (num_rows / len(clean_labels))
         if model.config.class_embedding and self.noisy_classification == "all":
             # What the classifier sees needs no second derivative.
             all_latents = torch.cat([noisy_latents, clean_latents])
             logits = model(all_latents, torch.cat([timesteps, clean_timesteps])).logits  # (N + M, K)
+            noisy_logits, clean_logits = logits.split([num_rows, len(clean_latents)])
         else:
-            logits = torch.cat([output.logits, model(clean_latents, clean_timesteps).logits])  # (N + M, K)
+            noisy_logits, clean_logits = output.logits, model(clean_latents, clean_timesteps).logits
             if model.config.class_embedding:
                 dropped = torch.zeros_like(class_labels) if label_dropped is None else label_dropped
-                weights = alpha * dropped / self.label_drop, weights[1]
-        cross_entropy = F.cross_entropy(
-            logits,
-            torch.cat([class_labels, clean_labels]),
-            ignore_index=UNLABELLED,
-            label_smoothing=self.label_smoothing,
-            reduction="none",
-        )
-        classification_loss = (torch.cat(weights) * cross_entropy).sum() / (2 * num_rows)
+                noisy_weights = noisy_weights * dropped / self.label_drop
+        noisy_part = noisy_weights * cross_entropy(noisy_logits, class_labels, self.label_smoothing)
+        clean_part = clean_weights * cross_entropy(clean_logits, clean_labels, self.label_smoothing)
+        classification_loss = torch.cat([noisy_part, clean_part]).sum() / (2 * num_rows)
         loss = denoising_loss + self.classification_weight * classification_loss
         return EGCLosses(loss, denoising_loss, classification_loss)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """The cross entropy of each row, (N,), as far as the row is labelled.
+
+    Args:
+        logits: (N, K).
+        labels: (N,) int64 in [-1, K), -1 = unlabelled, which gives 0; or (N, K), the share of each class in a row, of
+            which the same is true for what is missing to a sum of 1.
+        label_smoothing: in [0, 1); the smoothed one-hot labels are what is mixed, as in timm.
+    """
+    if labels.ndim == 1:
+        options = {"ignore_index": UNLABELLED, "label_smoothing": label_smoothing, "reduction": "none"}
+        return F.cross_entropy(logits, labels, **options)
+    smoothed = (1 - label_smoothing) * labels + label_smoothing * labels.mean(dim=1, keepdim=True)
+    return -(smoothed * F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
 class CompiledForward:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY_BACKBONES, tiny_unet
+from tiny import TINY_BACKBONES, tiny_transformer, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from latent_egc import EGCObjective
+from latent_egc.objective import CompiledForward
 
 
 def batch(num_rows=4, dtype=torch.float64):
@@ -64,6 +65,54 @@ def test_gradients_of_the_loss_equal_autograd_grads_double_backward():
     assert (gradient - expected).norm() <= 1e-10 * expected.norm()
 
 
+def weighted(dtype, backend=None, **overrides):
+    """The gradient and losses with Min-SNR and timestep weights and soft labels, one row of which is half labelled."""
+    model = tiny_transformer(**{"class_embedding": True} | overrides).to(dtype)
+    latents, labels, clean, noise, timesteps = batch(dtype=dtype)
+    soft = torch.tensor([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]], dtype=dtype)
+    weights = torch.tensor([0.5, 2.0, 1.5, 0.0], dtype=dtype)
+    objective = EGCObjective(model, 0.3, 0.1, snr_gamma=5.0)
+    if backend is not None:
+        objective.forward = CompiledForward(objective, backend=backend)
+    arguments = {"clean_labels": soft, "noise": noise, "timesteps": timesteps, "timestep_weights": weights}
+    losses = objective(latents, labels, clean, **arguments)
+    losses.loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()]), losses, model, soft, weights
+
+
+def test_gradients_with_every_weight_equal_autograd_grads_double_backward():
+    """Written out: min(SNR, 5) / SNR, SNR = abar / (1 - abar); float32 is close to float64."""
+    gradient, losses, model, soft, weights = weighted(torch.float64)
+    model.zero_grad()
+    latents, labels, clean, noise, timesteps = batch()
+    abar = model.alphas_cumprod[timesteps]
+    z = (abar.sqrt().view(4, 1, 1, 1) * latents + (1 - abar).sqrt().view(4, 1, 1, 1) * noise).requires_grad_()
+    (epsilon,) = torch.autograd.grad(model(z, timesteps, labels).energy.sum(), z, create_graph=True)
+    snr = abar / (1 - abar)
+    assert snr.min() < 5 < snr.max()
+    denoising = (snr.clamp(max=5) / snr * (epsilon - noise).square().flatten(1).mean(dim=1)).mean()
+    noisy = F.cross_entropy(
+        model(z.detach(), timesteps).logits, labels, ignore_index=-1, label_smoothing=0.1, reduction="none"
+    )
+    one_hot = 0.9 * torch.eye(3, dtype=torch.float64) + 0.1 / 3
+    clean_entropy = -(soft @ one_hot * model(clean, 0).logits.log_softmax(dim=1)).sum(dim=1)
+    classification = ((abar.sqrt() * weights * noisy).sum() + model.alphas_cumprod[0].sqrt() * clean_entropy.sum()) / 8
+    torch.testing.assert_close(losses.denoising_loss, denoising)
+    torch.testing.assert_close(losses.classification_loss, classification)
+    (denoising + 0.3 * classification).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (gradient - expected).norm() <= 1e-10 * expected.norm()
+    assert (weighted(torch.float32)[0] - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_every_weight_compiles(recwarn):
+    shallow = {"num_layers": 1, "class_embedding": False}  # the compiler takes a minute for the other
+    expected = weighted(torch.float64, **shallow)[0]
+    gradient = weighted(torch.float32, "aot_eager", **shallow)[0]
+    assert not [warning for warning in recwarn if "training.compile" in str(warning.message)]
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_float32_gradients_equal_float64_eager():
     gradients = []
     for dtype in (torch.float64, torch.float32):
@@ -114,6 +163,7 @@ def test_optimal_energy_of_gaussian_data_reaches_the_known_loss():
         ({"class_labels": None}, "class_labels"),
         ({"clean_latents": None}, "clean_latents"),
         ({"class_labels": torch.tensor([0, 1, 2, 3])}, r"class_labels must be in \[-1, 3\)"),
+        ({"clean_labels": torch.ones(4, 2)}, r"clean_labels must be \(4,\) int64 or \(4, 3\) floats, got \(4, 2\)"),
     ],
 )
 def test_bad_input(change, message):
@@ -127,6 +177,8 @@ def test_bad_weights():
         EGCObjective(tiny_unet(), -1.0)
     with pytest.raises(ValueError, match="label_smoothing"):
         EGCObjective(tiny_unet(), 1.0, 1.0)
+    with pytest.raises(ValueError, match="snr_gamma must be positive"):
+        EGCObjective(tiny_unet(), snr_gamma=0.0)
 
 
 def test_noisy_classification_off_dropped_rows_by_hand_and_on_average():

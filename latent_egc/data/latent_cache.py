@@ -44,6 +44,7 @@ STORED_DTYPE = "float16"
 
 # Keys of the data section that do not decide what is encoded.
 NOT_IDENTITY = {"label_fraction", "latent_cache", "num_workers", "skip_corrupt"}
+NOT_IDENTITY |= {"reprob", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob"}  # of latents, at each step anew
 
 
 def encode(
@@ -338,6 +339,9 @@ def content_digest(splits: Splits) -> str:
 
 
 def _refuse_other(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    # A key that was not there yet had the effect of its default.
+    defaults = {f"data.{f.name}": f.default for f in dataclasses.fields(DataConfig)}
+    found = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()} | found
     differences = [
         f"{key}: the cache has {found.get(key)!r}, this run {value!r}"
         for key, value in expected.items()

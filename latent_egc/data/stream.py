@@ -12,8 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from latent_egc.config import Config, DataConfig, ObjectiveConfig
+from latent_egc.data.mixing import erasing_mask, mixes, mixing_mask
+from latent_egc.models.noise_schedule import noise_schedule
+
 # What random streams are for; each is independent of the others, so that one may draw more without moving the rest.
-ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE, KEPT_LABELS = range(6)
+ORDER, AUGMENTATION, NOISE, CACHED_VIEW, VALIDATION_NOISE, KEPT_LABELS, TIMESTEPS, ERASING, MIXING = range(9)
 
 
 def random_stream(seed: int, purpose: int, number: int) -> np.random.Generator:
@@ -94,6 +98,71 @@ def sample_draws(
     }
 
 
+def timestep_probabilities(alphas_cumprod: np.ndarray, log_normal: tuple[float, float] | None) -> np.ndarray:
+    """(T,) float64, positive or underflown, summing to 1: how often each timestep is drawn.
+
+    Args:
+        alphas_cumprod: (T,) abar_t.
+        log_normal: mean and std > 0 of the normal distribution of log(sigma_t / alpha_t), each timestep having the mass
+            of its surroundings; None: all timesteps alike. Source: EDM, Karras et al. (NeurIPS 2022), whose data have
+            std 0.5 where latents have 1: add log 2 to its means.
+    """
+    if log_normal is None:
+        return np.full(len(alphas_cumprod), 1 / len(alphas_cumprod))
+    mean, std = log_normal
+    levels = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)
+    exponents = -0.5 * ((levels - mean) / std) ** 2
+    masses = np.exp(exponents - exponents.max()) * np.gradient(levels)
+    return masses / masses.sum()
+
+
+class TimestepSampling:
+    """Other timesteps than independent uniform ones, and what they weigh in the noisy cross entropy.
+
+    Args:
+        config: `timestep_log_normal` p, `classification_log_normal` q, `low_discrepancy_timesteps`.
+        alphas_cumprod: (T,) abar_t.
+        seed: the run's.
+    """
+
+    def __init__(self, config: ObjectiveConfig, alphas_cumprod: np.ndarray, seed: int) -> None:
+        drawn = timestep_probabilities(alphas_cumprod, config.timestep_log_normal)
+        wanted = timestep_probabilities(alphas_cumprod, config.classification_log_normal)
+        self.cumulative = np.cumsum(drawn)
+        self.weights = None
+        if config.classification_log_normal != config.timestep_log_normal:
+            self.weights = np.divide(wanted, drawn, out=np.zeros_like(wanted), where=drawn > 0).astype(np.float32)
+        self.seed, self.offset = seed, None
+        if config.low_discrepancy_timesteps:
+            self.offset = random_stream(seed, TIMESTEPS, 0).random()
+
+    def draws(self, sample: int, uniform: int) -> dict[str, torch.Tensor]:
+        """timesteps () int64, and timestep_weights () float32 where q is not p: q(t) / p(t), whose mean under p is 1.
+
+        Args:
+            sample: its number.
+            uniform: its uniform timestep, which is the sampled one's quantile, rounded.
+        """
+        if self.offset is None:
+            rest = random_stream(self.seed, TIMESTEPS, sample).random()
+            quantile = (uniform + rest) / len(self.cumulative)
+        else:  # steps of the golden ratio around a circle: any N successive ones lie nearly evenly
+            quantile = (self.offset + sample * (math.sqrt(5) - 1) / 2) % 1
+        timestep = min(np.searchsorted(self.cumulative, quantile, side="right"), len(self.cumulative) - 1)
+        draws = {"timesteps": torch.tensor(timestep)}
+        return draws if self.weights is None else draws | {"timestep_weights": torch.tensor(self.weights[timestep])}
+
+
+def timestep_sampling(config: Config) -> TimestepSampling | None:
+    """What draws the timesteps of a run with a resolved model; None: `sample_draws`, as they are uniform."""
+    keys = ("timestep_log_normal", "classification_log_normal", "low_discrepancy_timesteps")
+    if not any(getattr(config.objective, key) for key in keys):
+        return None
+    schedule = [config.model[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")]
+    alphas_cumprod = noise_schedule(*schedule, torch.float64).numpy()
+    return TimestepSampling(config.objective, alphas_cumprod, config.training.seed)
+
+
 def clean_share(clean_fraction: float) -> Fraction:
     """`objective.clean_fraction` as the fraction that is meant: 0.1 is a tenth."""
     return Fraction(clean_fraction).limit_denominator(1000)
@@ -103,7 +172,17 @@ class TrainingSamples(Dataset):
     """The training stream: `Views` of the train split, joined with `sample_draws`, and `in_clean_branch` ().
 
     The clean branch sees the share `clean_fraction` of the samples, spread evenly by their numbers: as many in each of
-    the consecutive blocks that are a process's micro-batches.
+    the consecutive blocks that are a process's micro-batches. Of these the first and the second are a pair, and so on,
+    which has one mask.
+
+    Args:
+        views: of the train split.
+        seed: the run's.
+        shape: (C, h, w) of the latents.
+        num_timesteps: T.
+        label_drop, clean_fraction: the objective's.
+        timesteps: what draws other timesteps, None leaves those of `sample_draws`.
+        augmentation: what is done to clean latents; adds clean_erasing (h, w) and clean_mixing (h, w), where it is.
     """
 
     def __init__(
@@ -114,8 +193,11 @@ class TrainingSamples(Dataset):
         num_timesteps: int,
         label_drop: float,
         clean_fraction: float = 1.0,
+        timesteps: TimestepSampling | None = None,
+        augmentation: DataConfig | None = None,
     ) -> None:
         self.views = views
+        self.timesteps, self.augmentation = timesteps, augmentation
         self.draws = (seed, shape, num_timesteps, label_drop)
         self.clean_share = clean_share(clean_fraction)
 
@@ -124,6 +206,20 @@ class TrainingSamples(Dataset):
         seed, *rest = self.draws
         items = []
         for view, sample in zip(self.views.__getitems__(samples), samples, strict=True):
-            seen = math.floor((sample + 1) * self.clean_share) > math.floor(sample * self.clean_share)
-            items.append({**view, **sample_draws(seed, sample, *rest), "in_clean_branch": torch.tensor(seen)})
+            clean_row = math.floor(sample * self.clean_share)  # its number among those that the clean branch sees
+            seen = math.floor((sample + 1) * self.clean_share) > clean_row
+            item = {**view, **sample_draws(seed, sample, *rest), "in_clean_branch": torch.tensor(seen)}
+            if self.timesteps is not None:
+                item |= self.timesteps.draws(sample, int(item["timesteps"]))
+            items.append(item | self._masks(sample, clean_row // 2))
         return items
+
+    def _masks(self, sample: int, pair: int) -> dict[str, torch.Tensor]:
+        """Those of the augmentation, of a sample and of its pair."""
+        config, (seed, (_, *size), *_) = self.augmentation, self.draws
+        masks = {}
+        if config is not None and config.reprob > 0:
+            masks["clean_erasing"] = erasing_mask(config, size, random_stream(seed, ERASING, sample))
+        if config is not None and mixes(config):
+            masks["clean_mixing"] = mixing_mask(config, size, random_stream(seed, MIXING, pair))
+        return masks

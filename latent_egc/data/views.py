@@ -30,15 +30,16 @@ def central_view(image: Image.Image, size: int, flipped: bool = False) -> torch.
 def clean_view(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> torch.Tensor:
     """(3, size, size) in [-1, 1]: the clean branch's stronger augmentation, a random crop resized and perhaps mirrored.
 
-    The crop's area share is uniform in `random_resized_crop`, its aspect ratio log-uniform in [3/4, 4/3]: the Inception
-    crop of Szegedy et al. (CVPR 2015), torchvision's RandomResizedCrop.
+    The crop's area share is uniform in `random_resized_crop`, its aspect ratio log-uniform in
+    `random_resized_crop_ratio`: the Inception crop of Szegedy et al. (CVPR 2015), torchvision's RandomResizedCrop,
+    timm's scale and ratio.
     """
     flipped = config.horizontal_flip and rng.random() < 0.5
     if config.random_resized_crop is not None:
         width, height = image.size
         for _ in range(10):
             area = width * height * rng.uniform(*config.random_resized_crop)
-            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            ratio = math.exp(rng.uniform(*map(math.log, config.random_resized_crop_ratio)))
             crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if crop_width <= width and crop_height <= height:
                 left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)

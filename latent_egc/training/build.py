@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from latent_egc.config import Config, ConfigError, DataConfig, TrainingConfig, check_folder, expanded, parse_fields
 from latent_egc.data.autoencoders import latent_shape, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
+from latent_egc.data.mixing import mixes
 from latent_egc.data.sources import load_splits
 from latent_egc.data.stream import clean_share
 from latent_egc.data.views import PixelViews, Views
@@ -73,11 +74,19 @@ def resolve_training(section: TrainingConfig) -> TrainingConfig:
 
 def resolve(config: Config) -> Config:
     """What config.yaml holds: the configuration with `resolve_model` and `resolve_training`. Raises ConfigError."""
+    for key in ("timestep_log_normal", "classification_log_normal"):
+        if (value := getattr(config.objective, key)) is not None and value[1] <= 0:
+            raise ConfigError(f"objective.{key} must be (mean, std) with std > 0, got {list(value)}")
     rows = config.training.train_batch_size * clean_share(config.objective.clean_fraction)
     if rows.denominator != 1:
         raise ConfigError(
             "objective.clean_fraction must be a whole number of rows of training.train_batch_size="
             f"{config.training.train_batch_size}, got {config.objective.clean_fraction}"
+        )
+    if mixes(config.data) and rows % 2:
+        raise ConfigError(
+            "data.mixup and data.cutmix mix pairs of rows: training.train_batch_size times objective.clean_fraction "
+            f"must be even, got {rows}"
         )
     return dataclasses.replace(config, model=resolve_model(config.model), training=resolve_training(config.training))
 

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 from latent_egc.atomic import replace_file, replace_folder
 from latent_egc.config import Config, ConfigError, TrainingConfig
 from latent_egc.data.autoencoders import latent_shape, latents_from_moments, load_autoencoder
-from latent_egc.data.stream import BatchSchedule, TrainingSamples
+from latent_egc.data.mixing import augmented
+from latent_egc.data.stream import BatchSchedule, TrainingSamples, timestep_sampling
 from latent_egc.data.views import Views
 from latent_egc.models import EnergyModel
 from latent_egc.objective import CompiledForward, EGCObjective
@@ -192,7 +193,8 @@ def prepare(
     """The objective as every process runs it, its optimiser, and the average of the weights, on the device."""
     training = config.training
     options = dataclasses.asdict(config.objective)
-    del options["clean_fraction"]  # that of the rows which the loader chooses
+    for key in ("clean_fraction", "timestep_log_normal", "classification_log_normal", "low_discrepancy_timesteps"):
+        del options[key]  # what the loader does
     objective = objective_class(model, **options)
     if training.activation_checkpointing:
         model.enable_gradient_checkpointing()
@@ -231,16 +233,21 @@ def micro_batches(
     num_timesteps, num_classes = config.model["num_train_timesteps"], config.model["num_classes"]
     shape = latent_shape(vae, config.data.image_size)
     shares = config.objective.label_drop, config.objective.clean_fraction
-    samples = TrainingSamples(views, training.seed, shape, num_timesteps, *shares)
+    samples = TrainingSamples(
+        views, training.seed, shape, num_timesteps, *shares, timestep_sampling(config), config.data
+    )
     sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
     schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
     options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals_to_the_loop}
     for batch in DataLoader(samples, batch_sampler=schedule, **options):
         seen = batch.pop("in_clean_branch")  # chosen before anything waits for a device
-        batch |= {key: batch[key][seen] for key in ("clean_view", "clean_posterior_noise")}
+        batch |= {key: batch[key][seen] for key in batch if key.startswith("clean_")}
         batch["clean_labels"] = batch["class_labels"][seen]
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         inputs = objective_inputs(batch, views, vae, config.autoencoder.sample_posterior, num_classes is not None)
+        if num_classes is not None:
+            masks = batch.get("clean_erasing"), batch.get("clean_mixing")
+            inputs |= augmented(inputs["clean_latents"], inputs["clean_labels"], num_classes, *masks)
         yield inputs, batch["num_skipped"].sum()
 
 
@@ -267,7 +274,7 @@ def objective_inputs(
         return latents_from_moments(vae, views.moments(vae, batch[view]), noise)
 
     inputs = {"latents": latents("view", "posterior_noise")}
-    inputs |= {key: batch[key] for key in ("noise", "timesteps", "label_dropped")}
+    inputs |= {key: batch[key] for key in ("noise", "timesteps", "timestep_weights", "label_dropped") if key in batch}
     if labelled:
         clean_latents = latents("clean_view", "clean_posterior_noise")
         inputs |= {key: batch[key] for key in ("class_labels", "clean_labels")} | {"clean_latents": clean_latents}

@@ -129,6 +129,7 @@ def _compare(run: Path, now: dict[str, Any]) -> None:
         for key in [key for key in now[section] if key not in MAY_CHANGE]:
             # A key that was not there yet had the effect of its default.
             default = getattr(getattr(Config, section, None), key, None)
+            default = list(default) if isinstance(default, tuple) else default
             was, value = values.get(key, default), now[section][key]
             if was == value:
                 continue

@@ -295,6 +295,7 @@ def test_a_broken_record_is_named(config, content):
     [
         ({"image_size": 6}, "data.image_size: the cache has 8, this run 6"),
         ({"num_views": 2}, "data.num_views: the cache has 3, this run 2"),
+        ({"random_resized_crop_ratio": (1.0, 1.0)}, "data.random_resized_crop_ratio: the cache has [0.75, 1.33"),
         ({"random_resized_crop": None}, "data.random_resized_crop: the cache has [0.5, 1.0], this run None"),
         ({"dataset": "digits"}, "data.dataset: the cache has 'imagefolder', this run 'digits'"),
         ({"validation_fraction": 0.5}, "data.validation_fraction: the cache has 0.16, this run 0.5"),
@@ -313,6 +314,18 @@ def test_a_cache_of_other_data_is_refused_with_what_differs(config, changes, mes
             encode(other)
         assert message in str(error.value)
     assert shards(config) == before
+
+
+def test_a_cache_serves_every_mixing_and_one_from_before_a_key_has_its_default(config):
+    encode(config)
+    opened(with_data(config, mixup=0.8, cutmix=1.0, reprob=0.3))
+    path = Path(config.data.latent_cache) / "cache.json"
+    record = json.loads(path.read_text())
+    assert record.pop("data.random_resized_crop_ratio") == [3 / 4, 4 / 3]
+    path.write_text(json.dumps(record))
+    opened(config)
+    with pytest.raises(ConfigError, match=r"ratio: the cache has \[0.75, 1.3+\], this run \[1.0, 1.0\]"):
+        opened(with_data(config, random_resized_crop_ratio=(1.0, 1.0)))
 
 
 def test_a_cache_of_another_autoencoder_is_refused(config, tmp_path):

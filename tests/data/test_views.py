@@ -107,6 +107,15 @@ def test_random_resized_crop_keeps_size_area_and_aspect(area):
         assert 1.1 < max(ratios) <= 4 / 3 * 1.1
 
 
+def test_the_crop_has_the_ratio_that_is_asked_for():
+    config = DataConfig(image_size=32, random_resized_crop=(0.2, 0.3), random_resized_crop_ratio=(2.0, 3.0))
+    image = gradient_image(120, 90)
+    for number in range(10):
+        view = clean_view(image, config, np.random.default_rng(number))
+        width, height = (float(view[c].max() - view[c].min()) for c in (0, 1))
+        assert 2.0 * 0.9 <= width * 120 / (height * 90) <= 3.0 * 1.1
+
+
 def test_horizontal_flip_mirrors_half_of_the_samples(tmp_path):
     table = load_splits(write_folder(tmp_path / "images", per_class=5), 2).train
     table.image = lambda index: gradient_image(16, 16)
