@@ -89,7 +89,8 @@ class EGCUNet(EnergyModel):
         num_train_timesteps, beta_start, beta_end, beta_schedule: the noise schedule, in diffusers' terms.
         block_out_channels: width of each level, finest first.
         layers_per_block: ResNet blocks a level on the way down (one more on the way up).
-        attention_levels: levels with spatial transformers, 0 is the finest; the middle always has one.
+        attention_levels: levels with spatial transformers, 0 is the finest; the middle always has one. None: the two
+            deepest, but not the finest, whose many positions cost more time and memory than all other levels.
         num_attention_heads: heads of every transformer.
         attention_head_dim: width of a head, the same at every level; None: the level's width / num_attention_heads.
         class_embedding_dim: width of the class token; None: the timestep embedding's, 4 * block_out_channels[0].
@@ -120,7 +121,7 @@ class EGCUNet(EnergyModel):
         beta_schedule: str = "linear",
         block_out_channels: tuple[int, ...] = (128, 256, 512),
         layers_per_block: int = 2,
-        attention_levels: tuple[int, ...] = (1, 2),
+        attention_levels: tuple[int, ...] | None = None,
         num_attention_heads: int = 4,
         attention_head_dim: int | None = None,
         class_embedding_dim: int | None = None,
@@ -129,6 +130,9 @@ class EGCUNet(EnergyModel):
         super().__init__()
         energy_channels = self.check_energy_config()
         self._check_unet_config()
+        if attention_levels is None:
+            num_levels = len(block_out_channels)
+            attention_levels = range(max(1, num_levels - 2), num_levels)
         time_width = 4 * block_out_channels[0]
         context_width = (class_embedding_dim or time_width) if class_embedding else None
 
@@ -200,7 +204,7 @@ class EGCUNet(EnergyModel):
                 raise ValueError(f"norm_num_groups={c.norm_num_groups} must divide every width, got {width}")
             if c.attention_head_dim is None and width % c.num_attention_heads:
                 raise ValueError(f"num_attention_heads={c.num_attention_heads} must divide every width, got {width}")
-        for level in c.attention_levels:
+        for level in c.attention_levels or ():
             if not 0 <= level < num_levels:
                 raise ValueError(f"attention_levels must be in [0, {num_levels}), got {level}")
         if c.sample_size % self.size_divisor:
