@@ -5,6 +5,8 @@ transformer behind each of them at the attended levels and in the middle, and, f
 class token that the transformers attend to. ResNet blocks, resampling and feed-forward layers are diffusers'.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import ModelMixin  # noqa: F401  (diffusers' remote loading looks for this name)
 from diffusers.configuration_utils import register_to_config
@@ -129,10 +131,7 @@ class EGCUNet(EnergyModel):
     ) -> None:
         super().__init__()
         energy_channels = self.check_energy_config()
-        self._check_unet_config()
-        if attention_levels is None:
-            num_levels = len(block_out_channels)
-            attention_levels = range(max(1, num_levels - 2), num_levels)
+        attention_levels = self._check_unet_config()
         time_width = 4 * block_out_channels[0]
         context_width = (class_embedding_dim or time_width) if class_embedding else None
 
@@ -190,7 +189,8 @@ class EGCUNet(EnergyModel):
             self.class_out = nn.Linear(channels, num_classes)
         self._init_weights()
 
-    def _check_unet_config(self) -> None:
+    def _check_unet_config(self) -> Sequence[int]:
+        """Raises ValueError as the constructor; returns the attended levels."""
         c = self.config
         num_levels = len(c.block_out_channels)
         counts = ("sample_size", "in_channels", "layers_per_block", "num_attention_heads", "norm_num_groups")
@@ -204,11 +204,13 @@ class EGCUNet(EnergyModel):
                 raise ValueError(f"norm_num_groups={c.norm_num_groups} must divide every width, got {width}")
             if c.attention_head_dim is None and width % c.num_attention_heads:
                 raise ValueError(f"num_attention_heads={c.num_attention_heads} must divide every width, got {width}")
-        for level in c.attention_levels or ():
+        attended = range(max(1, num_levels - 2), num_levels) if c.attention_levels is None else c.attention_levels
+        for level in attended:
             if not 0 <= level < num_levels:
                 raise ValueError(f"attention_levels must be in [0, {num_levels}), got {level}")
         if c.sample_size % self.size_divisor:
             raise ValueError(f"sample_size must be divisible by {self.size_divisor}, got {c.sample_size}")
+        return attended
 
     @property
     def size_divisor(self) -> int:
