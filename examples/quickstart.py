@@ -63,6 +63,7 @@ def run(config: Config) -> None:
     print(f"  judged by an SVC with        {judge_accuracy:.1%} on the held-out digits")
     print(f"seconds                        {time.perf_counter() - start:.0f}, of them {trained - start:.0f} training")
     print(f"pictures                       {folder}/samples.png, {folder}/curves.png")
+    print("your own images                latent-egc init photos/ > my.yaml")
 
 
 if __name__ == "__main__":

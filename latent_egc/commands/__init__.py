@@ -11,6 +11,7 @@ from importlib import import_module
 from types import ModuleType
 
 VERBS = (
+    "init",
     "encode",
     "train",
     "sample",

@@ -16,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Trains, or says what would be trained."""
-    from latent_egc.config import load_config
     from latent_egc.training.build import describe
     from latent_egc.training.loop import train
+    from latent_egc.training.run_folder import load_run_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides)
     if options.dry_run:
         print(describe(config), end="")
     else:

@@ -21,6 +21,10 @@ IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "fine_label")
 
 
+class NoObviousColumnError(ConfigError):
+    """No column of a table is an obvious choice; the message names the key that chooses one."""
+
+
 class CorruptImageError(ValueError):
     """An image that cannot be decoded; the message names its file or row."""
 
@@ -97,7 +101,8 @@ def load_splits(config: DataConfig, num_classes: int | Literal["any"] | None) ->
         num_classes: K of the model; "any": as many as the labels have; None ignores labels.
 
     Raises:
-        ConfigError: no such dataset, split or column, no image, labels out of [-1, K), or a class count that is not K.
+        ConfigError: no such dataset, split or column, no image, labels out of [-1, K), or a class count that is not K;
+            NoObviousColumnError where several columns, or none, may be meant.
     """
     train, validation = _load_rows(config)
     image_column = _find_column(train, "image_column", config.image_column, IMAGE_COLUMN_NAMES, datasets.Image)
@@ -174,7 +179,7 @@ def _find_column(rows: datasets.Dataset, key: str, wanted: str | None, usual: tu
         return typed[0]
     named = [name for name in usual if name in (typed or rows.column_names)]
     if not named:
-        raise ConfigError(f"data.{key}: set it, none of {rows.column_names} is an obvious choice")
+        raise NoObviousColumnError(f"data.{key}: set it, none of {rows.column_names} is an obvious choice")
     return named[0]
 
 

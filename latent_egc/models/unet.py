@@ -5,6 +5,8 @@ transformer behind each of them at the attended levels and in the middle, and, f
 class token that the transformers attend to. ResNet blocks, resampling and feed-forward layers are diffusers'.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import ModelMixin  # noqa: F401  (diffusers' remote loading looks for this name)
 from diffusers.configuration_utils import register_to_config
@@ -89,7 +91,8 @@ class EGCUNet(EnergyModel):
         num_train_timesteps, beta_start, beta_end, beta_schedule: the noise schedule, in diffusers' terms.
         block_out_channels: width of each level, finest first.
         layers_per_block: ResNet blocks a level on the way down (one more on the way up).
-        attention_levels: levels with spatial transformers, 0 is the finest; the middle always has one.
+        attention_levels: levels with spatial transformers, 0 is the finest; the middle always has one. None: the two
+            deepest, but not the finest, whose many positions cost more time and memory than all other levels.
         num_attention_heads: heads of every transformer.
         attention_head_dim: width of a head, the same at every level; None: the level's width / num_attention_heads.
         class_embedding_dim: width of the class token; None: the timestep embedding's, 4 * block_out_channels[0].
@@ -120,7 +123,7 @@ class EGCUNet(EnergyModel):
         beta_schedule: str = "linear",
         block_out_channels: tuple[int, ...] = (128, 256, 512),
         layers_per_block: int = 2,
-        attention_levels: tuple[int, ...] = (1, 2),
+        attention_levels: tuple[int, ...] | None = None,
         num_attention_heads: int = 4,
         attention_head_dim: int | None = None,
         class_embedding_dim: int | None = None,
@@ -128,7 +131,7 @@ class EGCUNet(EnergyModel):
     ) -> None:
         super().__init__()
         energy_channels = self.check_energy_config()
-        self._check_unet_config()
+        attention_levels = self._check_unet_config()
         time_width = 4 * block_out_channels[0]
         context_width = (class_embedding_dim or time_width) if class_embedding else None
 
@@ -186,7 +189,8 @@ class EGCUNet(EnergyModel):
             self.class_out = nn.Linear(channels, num_classes)
         self._init_weights()
 
-    def _check_unet_config(self) -> None:
+    def _check_unet_config(self) -> Sequence[int]:
+        """Raises ValueError as the constructor; returns the attended levels."""
         c = self.config
         num_levels = len(c.block_out_channels)
         counts = ("sample_size", "in_channels", "layers_per_block", "num_attention_heads", "norm_num_groups")
@@ -200,11 +204,13 @@ class EGCUNet(EnergyModel):
                 raise ValueError(f"norm_num_groups={c.norm_num_groups} must divide every width, got {width}")
             if c.attention_head_dim is None and width % c.num_attention_heads:
                 raise ValueError(f"num_attention_heads={c.num_attention_heads} must divide every width, got {width}")
-        for level in c.attention_levels:
+        attended = range(max(1, num_levels - 2), num_levels) if c.attention_levels is None else c.attention_levels
+        for level in attended:
             if not 0 <= level < num_levels:
                 raise ValueError(f"attention_levels must be in [0, {num_levels}), got {level}")
         if c.sample_size % self.size_divisor:
             raise ValueError(f"sample_size must be divisible by {self.size_divisor}, got {c.sample_size}")
+        return attended
 
     @property
     def size_divisor(self) -> int:

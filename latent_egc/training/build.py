@@ -26,6 +26,11 @@ from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.pipelines.schedulers import default_scheduler
 
+# Keys of the section `training` that a launcher may set, through these variables of Accelerate's.
+LAUNCHER_VARIABLES = {
+    "mixed_precision": "ACCELERATE_MIXED_PRECISION",
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+}
 BACKBONES: dict[str, type[EnergyModel]] = {"unet": EGCUNet, "transformer": EGCTransformer}
 
 
@@ -56,10 +61,11 @@ def resolve_training(section: TrainingConfig) -> TrainingConfig:
         ConfigError: the launcher contradicts the section, or wants what training cannot do.
     """
     resolved = {}
-    for key, variable, kind, bounds, default in (
-        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", Literal["no", "bf16"], None, "no"),
-        ("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int, (1, math.inf), "1"),
+    for key, kind, bounds, default in (
+        ("mixed_precision", Literal["no", "bf16"], None, "no"),
+        ("gradient_accumulation_steps", int, (1, math.inf), "1"),
     ):
+        variable = LAUNCHER_VARIABLES[key]
         given = {variable: yaml.safe_load(os.environ.get(variable, default))}
         launchers, ours = parse_fields({variable: (kind, bounds)}, given, "")[variable], getattr(section, key)
         # "no" is also what `accelerate launch` says where nobody chose.
@@ -157,29 +163,49 @@ def build_pipeline(
     )
 
 
-def describe(config: Config) -> str:
-    """The resolved configuration with the network's size and a rough estimate of the training step's memory.
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A rough estimate of what a training step needs on each device, in bytes.
 
-    The activations are estimated as four times the outputs of all layers: the forward pass, its input gradient and what
-    the second backward keeps of both, and the clean batch.
+    Args:
+        num_parameters: of the network, a number and no bytes.
+        state: weights, gradients, optimiser and average.
+        activations: four times the outputs of all layers: the forward pass, its input gradient and what the second
+            backward keeps of both, and the clean batch.
     """
-    config = resolve(config)
-    shape = latent_shape(load_autoencoder(config.autoencoder), config.data.image_size)
+
+    num_parameters: int
+    state: int
+    activations: int
+
+
+def estimate_memory(model: Mapping[str, Any], shape: tuple[int, int, int], training: TrainingConfig) -> MemoryEstimate:
+    """The estimate for a resolved `model` section on latents of a shape (C, h, w), without making the network.
+
+    Raises ConfigError as `build_model`.
+    """
     with torch.device("meta"):
-        model = build_model(config.model, shape)
-    num_parameters = sum(p.numel() for p in model.parameters())
+        network = build_model(model, shape)
+    num_parameters = sum(p.numel() for p in network.parameters())
     sizes: list[int] = []
-    for module in model.modules():
+    for module in network.modules():
         if not list(module.children()):
             module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
-    batch_size = config.training.train_batch_size
-    model(torch.empty(batch_size, *shape, device="meta"), torch.zeros(batch_size, dtype=torch.long, device="meta"))
-    bytes_per_activation = 2 if config.training.mixed_precision == "bf16" else 4
+    batch_size = training.train_batch_size
+    network(torch.empty(batch_size, *shape, device="meta"), torch.zeros(batch_size, dtype=torch.long, device="meta"))
+    bytes_per_activation = 2 if training.mixed_precision == "bf16" else 4
     # float32 weights, gradients, two Adam moments and the average
-    state, activations = 20 * num_parameters, 4 * bytes_per_activation * sum(sizes)
+    return MemoryEstimate(num_parameters, 20 * num_parameters, 4 * bytes_per_activation * sum(sizes))
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration with the network's size and the `MemoryEstimate` of a step."""
+    config = resolve(config)
+    shape = latent_shape(load_autoencoder(config.autoencoder), config.data.image_size)
+    needed = estimate_memory(config.model, shape, config.training)
     return (
         yaml.safe_dump(config.to_dict(), sort_keys=False)
-        + f"# {type(model).__name__}: {num_parameters:,} parameters\n"
-        + f"# memory per device, estimated: {state / 2**30:.2f} GiB weights, gradients, optimiser and average; "
-        + f"{activations / 2**30:.2f} GiB activations at train_batch_size {batch_size}\n"
+        + f"# {BACKBONES[config.model['backbone']].__name__}: {needed.num_parameters:,} parameters\n"
+        + f"# memory per device, estimated: {needed.state / 2**30:.2f} GiB weights, gradients, optimiser and average; "
+        + f"{needed.activations / 2**30:.2f} GiB activations at train_batch_size {config.training.train_batch_size}\n"
     )

@@ -4,7 +4,9 @@ RUN/run.lock  config.yaml  metrics.jsonl  curves.png  samples/  logs/  checkpoin
 """
 
 import dataclasses
+import os
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -13,8 +15,9 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from latent_egc.atomic import finish_replacing, remove, replace_file
-from latent_egc.config import Config, ConfigError, expanded, read_sections
+from latent_egc.config import Config, ConfigError, expanded, parse_config, read_sections
 from latent_egc.data.autoencoders import fingerprint, load_autoencoder
+from latent_egc.training.build import LAUNCHER_VARIABLES
 from latent_egc.training.checkpoints import checkpoint_folders
 
 LOCK = "run.lock"  # is there in every run's folder, and so marks it
@@ -33,6 +36,60 @@ MAY_CHANGE = {
     "checkpoint_every",
 }
 MAY_CHANGE |= {"keep_checkpoints", "num_validation_images", "check_gradients", "trackers", "resume", "overwrite"}
+
+# What belongs to one call of `train` and not to the run: its first weights are in the checkpoint by now.
+OF_ONE_CALL = {"model": {"init_from"}, "training": {"resume", "overwrite"}}
+# Section -> the key that says what its other keys are about: with another value they are another thing's.
+ABOUT = {"model": "backbone", "autoencoder": "path", "data": "dataset"}
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """`load_config`; for a run to go on with, what the file and the overrides do not say is as in its config.yaml.
+
+    A default may change between versions; a run that began under another goes on as it began.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    values = read_sections(path, overrides)
+    config = parse_config(values)
+    run = Path(config.output_dir)
+    if config.training.resume != "auto" or not checkpoint_folders(run):
+        return config
+    try:
+        stored = _stored_sections(run)
+    except (ValueError, TypeError, KeyError):
+        return config  # damaged: `prepare_run_folder` says so
+    return parse_config(_completed(values, stored))
+
+
+def _completed(values: Mapping[str, Any], stored: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """`values` with the keys that only `stored` has, section by section; `values` stand last, as they win."""
+    completed = dict(values)
+    for section, before in stored.items():
+        given = values.get(section) or {}
+        about = ABOUT.get(section)
+        if about in given and _comparable(given[about], section) != _comparable(before.get(about), section):
+            continue
+        left_out = set(given) | OF_ONE_CALL.get(section, set())
+        if section == "training":
+            # "no" is also what `accelerate launch` says where nobody chose.
+            left_out |= {key for key, name in LAUNCHER_VARIABLES.items() if os.environ.get(name, "no") != "no"}
+        completed[section] = {key: value for key, value in before.items() if key not in left_out} | dict(given)
+    return completed
+
+
+def _comparable(value: Any, section: str) -> Any:
+    return expanded(value, section) if isinstance(value, str) else value
+
+
+def _stored_sections(run: Path) -> dict[str, dict[str, Any]]:
+    """What a run's config.yaml says. Raises ValueError, TypeError or KeyError where it is damaged."""
+    before = read_sections(run / "config.yaml")
+    sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
+    # Runs from before recorded it as it was given.
+    sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")
+    return sections | {"sampling": dict(before["sampling"])}
 
 
 def prepare_run_folder(
@@ -118,13 +175,11 @@ def _lock(run: Path) -> IO[str]:
 def _compare(run: Path, now: dict[str, Any]) -> None:
     """Refuses another model or autoencoder than the run to resume has; warns of another kind of run."""
     try:
-        before = read_sections(run / "config.yaml")
-        sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
-        # Runs from before recorded it as it was given.
-        sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")
+        sections = _stored_sections(run)
     except (ValueError, TypeError, KeyError) as error:  # a ConfigError is a ValueError
         warnings.warn(f"{run / 'config.yaml'} is damaged, it is written anew and not compared: {error}", stacklevel=4)
         return
+    del sections["sampling"]  # it decides nothing that is trained
     for section, values in sections.items():
         for key in [key for key in now[section] if key not in MAY_CHANGE]:
             # A key that was not there yet had the effect of its default.

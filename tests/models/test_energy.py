@@ -1,5 +1,6 @@
 """The mathematics of the energy network, against finite differences, hand computation and float64."""
 
+import json
 import math
 
 import pytest
@@ -345,6 +346,31 @@ def test_save_and_load(tmp_path):
     assert dict(again.config).items() >= {"sample_size": 4, "class_embedding": True}.items()
     assert torch.equal(model.epsilon(*inputs()), again.epsilon(*inputs()))
     assert EGCUNet.from_pretrained(tmp_path, torch_dtype=torch.float64).alphas_cumprod.dtype == torch.float64
+
+
+def attended(model):
+    return [level for level, blocks in enumerate(model.down_blocks) if blocks[0].attention is not None]
+
+
+@pytest.mark.parametrize(("num_levels", "levels"), [(1, []), (2, [1]), (3, [1, 2]), (4, [2, 3]), (5, [3, 4])])
+def test_attention_by_default_is_at_the_two_deepest_levels_but_the_finest(num_levels, levels):
+    size = 2**num_levels
+    model = tiny_unet(block_out_channels=(4,) * num_levels, attention_levels=None, sample_size=size)
+    assert attended(model) == attended(tiny_unet(**dict(model.config) | {"attention_levels": levels})) == levels
+    assert model(torch.zeros(1, 2, size, size), torch.zeros(1, dtype=torch.long)).logits.shape == (1, 3)
+
+
+def test_attention_of_a_stored_network_does_not_depend_on_the_default(tmp_path):
+    """What is saved names it; with three levels a config.json that does not is what it was under the default (1, 2)."""
+    for levels in ((0,), (), (1, 2), None):
+        model = tiny_unet(block_out_channels=(4, 4, 4), attention_levels=levels)
+        model.save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "config.json").read_text())
+        assert stored["attention_levels"] == (None if levels is None else list(levels))
+        assert attended(EGCUNet.from_pretrained(tmp_path)) == attended(model)
+    del stored["attention_levels"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert attended(EGCUNet.from_pretrained(tmp_path)) == [1, 2]
 
 
 @pytest.mark.parametrize(

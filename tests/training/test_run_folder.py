@@ -1,5 +1,7 @@
 """A run's folder: only a run's own files are deleted or replaced, and one process at a time writes there."""
 
+import dataclasses
+
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
@@ -9,7 +11,9 @@ from tiny_runs import finish, losses, run_config, run_values, start, wait_for_st
 from latent_egc.atomic import finish_replacing, remove, replace_folder
 from latent_egc.config import AutoencoderConfig, ConfigError, parse_config
 from latent_egc.data.autoencoders import load_autoencoder
+from latent_egc.training.build import resolve
 from latent_egc.training.loop import train
+from latent_egc.training.run_folder import load_run_config
 
 
 @pytest.fixture
@@ -169,3 +173,54 @@ def test_a_run_that_recorded_its_autoencoder_below_home_goes_on(tmp_path, monkey
     values["training"] |= {"resume": "auto", "max_steps": 2}
     train(parse_config(values))
     assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
+def resumed(tmp_path, values, *overrides):
+    """What `latent-egc train my.yaml training.resume=auto` makes of a file."""
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(values))
+    return load_run_config(tmp_path / "my.yaml", ["training.resume=auto", *overrides])
+
+
+@pytest.mark.filterwarnings("error:resuming with")
+def test_a_resumed_run_takes_what_its_file_does_not_say_from_its_own_config(tmp_path):
+    """It began under other defaults: of the model, the loss, the optimiser, the data and the grids."""
+    values = run_values(tmp_path / "run", max_steps=1, weight_decay=0.01, ema_decay=0.9, overwrite=True)
+    values["data"] = {"random_resized_crop": [0.7, 0.9]}
+    before = resolve(parse_config(values))
+    train(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    short = {"training": {"max_steps": 2}, "model": {"num_classes": 10}, "output_dir": str(tmp_path / "run")}
+    config = resumed(tmp_path, short, "training.trackers=[]")
+    changed = dataclasses.replace(before.training, max_steps=2, resume="auto", overwrite=False)
+    assert resolve(config) == dataclasses.replace(before, training=changed)
+    train(config)
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_what_a_resumed_runs_file_says_wins(run_folder, tmp_path, monkeypatch):
+    values = {"model": {"num_classes": 10}, "output_dir": str(run_folder)}
+    # Under its former name, too; the newer of two names is an override's.
+    old = values | {"training": {"evaluate_every": 7}}
+    with pytest.warns(UserWarning, match="training.evaluate_every is now training.validate_every"):
+        assert resumed(tmp_path, old).training.validate_every == 7
+    with pytest.warns(UserWarning, match="training.evaluate_every is now training.validate_every"):
+        assert resumed(tmp_path, old, "training.validate_every=8").training.validate_every == 8
+    # Another backbone has other keys.
+    assert "block_out_channels" not in resumed(tmp_path, values | {"model": {"backbone": "transformer"}}).model
+    assert resumed(tmp_path, values).training.mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert resumed(tmp_path, values).training.mixed_precision is None
+    assert resumed(tmp_path, values).training.warmup_steps == 2
+
+
+@pytest.mark.parametrize("damage", ["config.yaml", "checkpoints", "resume"])
+def test_a_new_run_and_a_damaged_record_have_the_defaults(run_folder, tmp_path, damage):
+    overrides = ["training.resume=never"] if damage == "resume" else []
+    if damage == "checkpoints":
+        remove(run_folder / "checkpoints")
+    elif damage == "config.yaml":
+        (run_folder / "config.yaml").write_text("model: {}")
+    values = {"model": {"num_classes": 10}, "output_dir": str(run_folder)}
+    assert resumed(tmp_path, values, *overrides).training == dataclasses.replace(
+        parse_config(values).training, resume="never" if overrides else "auto"
+    )
