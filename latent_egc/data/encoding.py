@@ -20,7 +20,7 @@ import datasets
 import fsspec
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import ModelMixin
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -53,7 +53,7 @@ PATIENCE = timedelta(days=30)
 
 def start_processes() -> PartialState:
     """The processes that a launcher started, or this one alone. Raises ConfigError where each would be alone."""
-    processes = PartialState(timeout=PATIENCE)
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     launched = int(os.environ.get("WORLD_SIZE", processes.num_processes))
     if launched != processes.num_processes:
         raise ConfigError(
