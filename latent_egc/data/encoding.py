@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import fsspec
+import fsspec.asyn
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
@@ -244,36 +244,48 @@ class Encoder:
         """The views of an image that come before those of the clean branch."""
         return 2 if split == "train" and self.data.horizontal_flip else 1
 
+    def moments(
+        self, table: ImageTable | ImageStream, todo: list[tuple[int, set[int]]]
+    ) -> Iterator[tuple[ViewBatch, torch.Tensor | None]]:
+        """The batches of `ShardViews`, and their moments (images, views, C', h, w) on the autoencoder's device.
+
+        Raises:
+            ConfigError, CorruptImageError: what went wrong with a batch, unless it may be skipped.
+        """
+        num_views = self.num_central(table.name) + (self.data.num_views if table.name == "train" else 0)
+        views = ShardViews(table, self.data, todo, max(1, self.batch_size // num_views))
+        workers = min(num_loader_workers(self.data, reads_images=True), len(todo))
+        pinned = workers > 0 and self.vae.device.type == "cuda"
+        for batch in DataLoader(views, batch_size=None, num_workers=workers, pin_memory=pinned):
+            for error in batch.errors:
+                if not (self.data.skip_corrupt and isinstance(error, CorruptImageError)):
+                    raise error
+                warnings.warn(str(error), stacklevel=2)
+            if batch.views is None:
+                yield batch, None
+            else:
+                parts = batch.views.to(self.vae.device, non_blocking=True).flatten(0, 1).split(self.batch_size)
+                encoded = torch.cat([encode_moments(self.vae, part) for part in parts])
+                yield batch, encoded.unflatten(0, batch.views.shape[:2])
+
     def shards(
         self, table: ImageTable | ImageStream, todo: list[tuple[int, set[int]]], progress: tqdm
     ) -> Iterator[tuple[str, datasets.Dataset | None, bool, int]]:
         """For each shard of `todo` (see `ShardViews`): name, rows, None where every image is corrupt, whether it is its
         piece's last, and how many images were skipped.
         """
-        num_views = self.num_central(table.name) + (self.data.num_views if table.name == "train" else 0)
-        views = ShardViews(table, self.data, todo, max(1, self.batch_size // num_views))
-        workers = min(num_loader_workers(self.data, reads_images=True), len(todo))
-        batches = DataLoader(
-            views, batch_size=None, num_workers=workers, pin_memory=workers > 0 and self.vae.device.type == "cuda"
-        )
-        collected: dict[str, list[Any]] = {}
-        for batch in batches:
-            for error in batch.errors:
-                if not (self.data.skip_corrupt and isinstance(error, CorruptImageError)):
-                    raise error
-                warnings.warn(str(error), stacklevel=2)
-            moments, labels, num_skipped = collected.setdefault(batch.shard, [[], [], 0])
-            if batch.views is not None:
-                parts = batch.views.to(self.vae.device, non_blocking=True).flatten(0, 1).split(self.batch_size)
-                encoded = torch.cat([encode_moments(self.vae, part) for part in parts])
-                moments.append(encoded.unflatten(0, batch.views.shape[:2]))
-                labels += batch.labels
-            collected[batch.shard][2] += len(batch.errors)
+        collected: dict[str, tuple[list[torch.Tensor], list[int], list[Exception]]] = {}
+        for batch, encoded in self.moments(table, todo):
+            moments, labels, errors = collected.setdefault(batch.shard, ([], [], []))
+            if encoded is not None:
+                moments.append(encoded)
+            labels += batch.labels
+            errors += batch.errors
             progress.update(batch.num_images)
             if batch.ends_shard:
-                moments, labels, num_skipped = collected.pop(batch.shard)
+                del collected[batch.shard]
                 rows = self._rows(table.name, torch.cat(moments), labels) if moments else None
-                yield batch.shard, rows, batch.ends_piece, num_skipped
+                yield batch.shard, rows, batch.ends_piece, len(errors)
 
     def _rows(self, split: str, moments: torch.Tensor, labels: list[int]) -> datasets.Dataset:
         """One shard's rows; moments are (images, views, C', h, w)."""
