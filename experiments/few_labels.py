@@ -25,7 +25,8 @@ from sklearn.svm import SVC
 
 from latent_egc.config import load_config
 from latent_egc.data.autoencoders import load_autoencoder
-from latent_egc.data.latent_cache import CachedViews, encode
+from latent_egc.data.encoding import encode
+from latent_egc.data.latent_cache import CachedViews
 from latent_egc.data.sources import ImageTable, load_splits
 from latent_egc.data.views import keep_labels
 from latent_egc.training.build import Data, build_data

@@ -56,7 +56,7 @@ class AutoencoderConfig:
 class DataConfig:
     """Images, labels and their views."""
 
-    dataset: str = file_path("digits")  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", ...
+    dataset: str = file_path("digits")  # or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
     subset: str | None = None  # the Hub dataset's configuration
     data_dir: str | None = file_path()
     data_files: str | dict[str, str] | None = file_path()  # noqa: RUF009, a field
@@ -78,7 +78,9 @@ class DataConfig:
     mixup_switch_prob: float = within(0.5, 0.0, 1.0)  # of these, share of CutMix where both are on
     num_views: int = within(4, 1, 2**10)  # encoded views of each image for the clean branch, in a latent cache
     latent_cache: str | None = file_path()  # folder written by `latent-egc encode`; null: training reads pixels
-    num_workers: int = within(0, 0, 2**10)
+    streaming: bool = False  # `latent-egc encode` reads the images in order, once, and keeps no copy of them
+    # Processes that decode images for each training or encoding one; auto: `data/stream.py: num_loader_workers`.
+    num_workers: int | Literal["auto"] = within("auto", 0, 2**10)
     skip_corrupt: bool = False  # skip unreadable images (and count them) instead of stopping
 
 
@@ -328,7 +330,7 @@ def parse_fields(fields: Mapping[str, tuple[Any, Any]], values: Any, prefix: str
         parsed[key] = _convert(value, annotation, name)
         if bounds is not None and parsed[key] is not None:
             for element in parsed[key] if isinstance(parsed[key], tuple) else (parsed[key],):
-                if not bounds[0] <= element <= bounds[1]:
+                if not isinstance(element, str) and not bounds[0] <= element <= bounds[1]:
                     raise ConfigError(f"{name} must be in [{bounds[0]:g}, {bounds[1]:g}], got {value}")
     return parsed
 

@@ -60,6 +60,14 @@ def latent_shape(vae: ModelMixin | None, image_size: int) -> tuple[int, int, int
     return latent_channels(vae), image_size // factor, image_size // factor
 
 
+def has_posterior(vae: ModelMixin | None) -> bool:
+    """Whether its moments are a mean and a log variance, which can be sampled; else they are the latents."""
+    if vae is None:
+        return False
+    size = 2 * vae_scale_factor(vae)
+    return encode_moments(vae, torch.zeros(1, 3, size, size)).shape[1] == 2 * latent_channels(vae)
+
+
 @torch.no_grad()
 def encode_moments(vae: ModelMixin | None, pixel_values: torch.Tensor) -> torch.Tensor:
     """Images (N, 3, H, W) in [-1, 1] -> unscaled moments (N, 2C, h, w), or latents (N, C, h, w) without a posterior."""

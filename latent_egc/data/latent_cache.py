@@ -6,6 +6,9 @@ encoded how; a cache made otherwise is refused with what differs.
 
     CACHE/cache.json   CACHE/train/00000/{shard.json, ...}   CACHE/validation/00000/ ...
 
+`data/encoding.py` writes it. Encoded from a stream, whose length nobody knows before its end, a shard is 00000-00000,
+by its piece of the stream and its number there, and `cache.json` says in the end how many each piece has.
+
 Every opening reads the whole cache once and compares it with the checksums in `shard.json`: what rots on a disk changes
 no date, so that a check of the first opening would find nothing. They are CRC-32, which is made for such errors and
 takes 12 s for the 50 GB of ImageNet (SHA-256: 60 s); the pages are then in memory for the first epoch.
@@ -14,9 +17,6 @@ takes 12 s for the 50 GB of ImageNet (SHA-256: 60 s); the pages are then in memo
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,13 +32,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from latent_egc.atomic import replace_text
-from latent_egc.config import AutoencoderConfig, ConfigError, DataConfig
-from latent_egc.data.autoencoders import encode_moments, fingerprint, latent_shape, load_autoencoder
-from latent_egc.data.sources import CorruptImageError, ImageTable, Splits, load_splits
-from latent_egc.data.stream import AUGMENTATION, CACHED_VIEW, SampleStream, random_stream
-from latent_egc.data.views import central_view, clean_view, keep_labels
+from latent_egc.config import ConfigError, DataConfig
+from latent_egc.data.autoencoders import fingerprint
+from latent_egc.data.sources import CorruptImageError, Splits
+from latent_egc.data.stream import AUGMENTATION, SampleStream, random_stream
+from latent_egc.data.views import keep_labels
 
-IMAGES_PER_SHARD = 256
 # Half precision: its rounding, 2^-11 of a value, is far below the autoencoder's own error, and it halves the disk.
 STORED_DTYPE = "float16"
 
@@ -47,90 +46,9 @@ NOT_IDENTITY = {"label_fraction", "latent_cache", "num_workers", "skip_corrupt"}
 NOT_IDENTITY |= {"reprob", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob"}  # of latents, at each step anew
 
 
-def encode(
-    data: DataConfig,
-    autoencoder: AutoencoderConfig,
-    num_classes: int | None,
-    batch_size: int = 64,
-    device: str = "cpu",
-) -> Path:
-    """Writes the latent cache that `data.latent_cache` names, and returns it; goes on where a killed call stopped, and
-    writes shards again that are missing or damaged.
-
-    Args:
-        data, autoencoder: a run's sections; they decide what is written.
-        num_classes: K of the run's model; None leaves out the labels.
-        batch_size: images encoded at once.
-        device: where the autoencoder runs.
-
-    Raises:
-        ConfigError: no `data.latent_cache`, or the folder holds a cache of other data, views or autoencoder, or
-            files that are no cache.
-        CorruptImageError: an unreadable image, unless `data.skip_corrupt`.
-    """
-    if data.latent_cache is None:
-        raise ConfigError("data.latent_cache must name the folder to write")
-    if autoencoder.path is None:
-        raise ConfigError("autoencoder.path is null: pixel space has no latents to cache")
-    folder = Path(data.latent_cache)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache.json").is_file():
-        raise ConfigError(f"data.latent_cache={str(folder)!r} holds other files; name an empty or a new folder")
-    vae = load_autoencoder(autoencoder, device)
-    latent_shape(vae, data.image_size)
-    splits = load_splits(data, num_classes)
-    record = _identity(data, vae, num_classes is not None) | {
-        "num_train": len(splits.train),
-        "num_validation": len(splits.validation),
-        "content": content_digest(splits),
-        "class_names": splits.class_names,
-        "images_per_shard": IMAGES_PER_SHARD,
-    }
-    checksums = True
-    if (folder / "cache.json").is_file():
-        found = _read_record(folder)
-        _refuse_other(folder, found, record)
-        checksums = found.get("checksums", False)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_record(folder, record | {"checksums": True})
-    num_skipped = 0
-    for table in (splits.train, splits.validation):
-        num_skipped += _encode_split(data, vae, table, folder / table.name, batch_size, checksums)
-    if num_skipped:
-        warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
-    _write_record(folder, record | {"checksums": True, "complete": True})
-    return folder
-
-
-def _encode_split(
-    data: DataConfig, vae: ModelMixin, table: ImageTable, folder: Path, batch_size: int, checksums: bool
-) -> int:
-    """Encodes what is missing or damaged of one split, shard by shard; returns how many images were skipped.
-
-    `checksums` is false for a cache from before there were any: a readable shard without them gets them.
-    """
-    folder.mkdir(exist_ok=True)
-    num_skipped = 0
-    with tqdm(total=len(table), desc=f"encode {table.name}", unit="image") as progress:
-        for number, first in enumerate(range(0, len(table), IMAGES_PER_SHARD)):
-            indices = range(first, min(first + IMAGES_PER_SHARD, len(table)))
-            shard, unfinished = folder / f"{number:05d}", folder / f"{number:05d}.tmp"
-            if not checksums and _is_readable_without_checksums(shard):
-                _write_checksums(shard)
-            elif _damage(shard, checksums=True) is not None:
-                rows, skipped = _encode_rows(data, vae, table, indices, batch_size)
-                num_skipped += skipped
-                shutil.rmtree(unfinished, ignore_errors=True)
-                if rows is None:
-                    unfinished.mkdir()
-                else:
-                    with _no_datasets_progress():
-                        rows.save_to_disk(unfinished)
-                _write_checksums(unfinished)
-                shutil.rmtree(shard, ignore_errors=True)
-                os.replace(unfinished, shard)
-            progress.update(len(indices))
-    return num_skipped
+def shard_name(piece: int, number: int | None = None) -> str:
+    """The folder of a table's shard, or of shard `number` of a stream's piece."""
+    return f"{piece:05d}" if number is None else f"{piece:05d}-{number:05d}"
 
 
 def _checksums(shard: Path) -> dict[str, int]:
@@ -139,11 +57,12 @@ def _checksums(shard: Path) -> dict[str, int]:
     return {path.name: zlib.crc32(path.read_bytes()) for path in files}
 
 
-def _write_checksums(shard: Path) -> None:
-    replace_text(shard / "shard.json", json.dumps({"crc32": _checksums(shard)}))
+def write_checksums(shard: Path, facts: dict[str, Any] | None = None) -> None:
+    """Writes a shard's `shard.json`: its checksums, and what else is to be known of it."""
+    replace_text(shard / "shard.json", json.dumps({"crc32": _checksums(shard)} | (facts or {})))
 
 
-def _damage(shard: Path, checksums: bool) -> str | None:
+def damage(shard: Path, checksums: bool) -> str | None:
     """What is wrong with a shard, None for a whole one; `checksums`: the cache is not from before there were any."""
     if not shard.is_dir():
         return "is missing"
@@ -157,7 +76,7 @@ def _damage(shard: Path, checksums: bool) -> str | None:
     return f"is not as it was written: {', '.join(differing)}" if differing else None
 
 
-def _is_readable_without_checksums(shard: Path) -> bool:
+def is_readable_without_checksums(shard: Path) -> bool:
     """Whether this is a shard of before that holds rows; an empty one is written again, be it that all images of it
     were corrupt or that it was emptied.
     """
@@ -170,7 +89,7 @@ def _is_readable_without_checksums(shard: Path) -> bool:
 
 
 @contextmanager
-def _no_datasets_progress() -> Iterator[None]:
+def no_datasets_progress() -> Iterator[None]:
     """Without the bar that `datasets` draws for every shard, in the middle of ours."""
     was_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -179,47 +98,6 @@ def _no_datasets_progress() -> Iterator[None]:
     finally:
         if not was_disabled:
             datasets.enable_progress_bars()
-
-
-def _encode_rows(
-    data: DataConfig, vae: ModelMixin, table: ImageTable, indices: range, batch_size: int
-) -> tuple[datasets.Dataset | None, int]:
-    """The rows of one shard, None where every image is corrupt, and how many images were skipped."""
-    is_train = table.name == "train"
-    views, labels, num_skipped = [], [], 0
-    for index in indices:
-        try:
-            image = table.image(index)
-        except CorruptImageError as error:
-            if not data.skip_corrupt:
-                raise
-            warnings.warn(str(error), stacklevel=2)
-            num_skipped += 1
-            continue
-        central = [central_view(image, data.image_size)]
-        clean = []
-        if is_train:
-            if data.horizontal_flip:
-                central.append(central[0].flip(-1))
-            rng = random_stream(0, CACHED_VIEW, index)
-            clean = [clean_view(image, data, rng) for _ in range(data.num_views)]
-        views.append(torch.stack(central + clean))
-        labels.append(int(table.labels[index]))
-    num_central = 2 if is_train and data.horizontal_flip else 1
-    if not views:
-        return None, num_skipped
-    pixel_values = torch.cat(views)
-    moments = torch.cat([encode_moments(vae, batch).cpu() for batch in pixel_values.split(batch_size)])
-    stored = moments.unflatten(0, (len(views), -1)).numpy().astype(STORED_DTYPE)  # (images, views, C', h, w)
-    columns: dict[str, Any] = {"moments": stored[:, :num_central], "label": labels}
-    features = {
-        "moments": datasets.Array4D(stored[0, :num_central].shape, STORED_DTYPE),
-        "label": datasets.Value("int64"),
-    }
-    if is_train:
-        columns["clean_moments"] = stored[:, num_central:]
-        features["clean_moments"] = datasets.Array4D(stored[0, num_central:].shape, STORED_DTYPE)
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features)), num_skipped
 
 
 @dataclasses.dataclass
@@ -238,13 +116,13 @@ def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache
     differs.
     """
     folder = Path(data.latent_cache)
-    record = _read_record(folder)
-    _refuse_other(folder, record, _identity(data, vae, labelled))
+    record = read_record(folder)
+    refuse_other(folder, record, identity(data, vae, labelled))
     if not record.get("complete"):
         raise ConfigError(f"data.latent_cache={str(folder)!r} is unfinished; `latent-egc encode` goes on with it")
-    size, splits = record["images_per_shard"], []
+    splits = []
     for name in ("train", "validation"):
-        shards = [folder / name / f"{number:05d}" for number in range(-(-record[f"num_{name}"] // size))]
+        shards = [folder / name / shard for shard in _shard_names(record, name)]
         _refuse_damaged(folder, shards, record.get("checksums", False))
         # A shard of which every image was corrupt holds no rows.
         filled = [shard for shard in shards if (shard / "dataset_info.json").exists()]
@@ -255,10 +133,18 @@ def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache
     return LatentCache(splits[0], splits[1], record["class_names"])
 
 
+def _shard_names(record: dict[str, Any], split: str) -> list[str]:
+    """Of a finished cache, in the order of their images."""
+    if "num_shards" in record:  # of each piece of a stream
+        counts = record["num_shards"][split]
+        return [shard_name(piece, number) for piece, count in enumerate(counts) for number in range(count)]
+    return [shard_name(piece) for piece in range(-(-record[f"num_{split}"] // record["images_per_shard"]))]
+
+
 def _refuse_damaged(folder: Path, shards: Sequence[Path], checksums: bool) -> None:
     """Raises ConfigError, naming the shards, where some are missing or not as they were written."""
     with ThreadPoolExecutor(max_workers=4) as pool:  # reading and summing both run beside other threads
-        found = pool.map(lambda shard: _damage(shard, checksums), shards)
+        found = pool.map(lambda shard: damage(shard, checksums), shards)
         progress = tqdm(found, desc="check latent cache", total=len(shards), unit="shard", leave=False)
         damaged = [f"{shard} {what}" for shard, what in zip(shards, progress, strict=True) if what is not None]
     if damaged:
@@ -319,7 +205,8 @@ class CachedViews(Dataset):
         return views
 
 
-def _identity(data: DataConfig, vae: ModelMixin, labelled: bool) -> dict[str, Any]:
+def identity(data: DataConfig, vae: ModelMixin, labelled: bool) -> dict[str, Any]:
+    """What decides the content of a cache, for its record."""
     keys = [field.name for field in dataclasses.fields(data) if field.name not in NOT_IDENTITY]
     values = {f"data.{key}": list(v) if isinstance(v := getattr(data, key), tuple) else v for key in keys}
     return values | {"autoencoder": fingerprint(vae), "labelled": labelled}
@@ -338,20 +225,21 @@ def content_digest(splits: Splits) -> str:
     return digest.hexdigest()[:16]
 
 
-def _refuse_other(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def refuse_other(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises ConfigError, with what differs, where a cache's record has not what is expected of it."""
     # A key that was not there yet had the effect of its default.
     defaults = {f"data.{f.name}": f.default for f in dataclasses.fields(DataConfig)}
-    found = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()} | found
+    was = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()} | found
+    was = {key: was.get(key) for key in expected}
     differences = [
-        f"{key}: the cache has {found.get(key)!r}, this run {value!r}"
-        for key, value in expected.items()
-        if found.get(key) != value
+        f"{key}: the cache has {was[key]!r}, this run {value!r}" for key, value in expected.items() if was[key] != value
     ]
     if differences:
         raise ConfigError(f"data.latent_cache={str(folder)!r} was made otherwise: " + "; ".join(differences))
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """A cache's `cache.json`. Raises ConfigError: there is none, or it is damaged."""
     try:
         record = json.loads((folder / "cache.json").read_text())
     except FileNotFoundError as error:
@@ -368,5 +256,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes a cache's `cache.json`."""
     replace_text(folder / "cache.json", json.dumps(record, indent=1))

@@ -7,7 +7,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -18,7 +18,10 @@ from latent_egc.data.image_folders import folder_splits
 from latent_egc.pipelines.images import load_rgb
 
 IMAGE_COLUMN_NAMES = ("image", "img", "images", "pixel_values")
-LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "fine_label")
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "fine_label", "cls")
+
+
+Rows = datasets.Dataset | datasets.IterableDataset
 
 
 class NoObviousColumnError(ConfigError):
@@ -47,6 +50,15 @@ def read_image(source: str | Path | io.BytesIO, name: str) -> Image.Image:
         raise CorruptImageError(f"corrupt image: {name}: {error or type(error).__name__}") from error
 
 
+def stored_image(stored: dict[str, Any] | None, name: str) -> Image.Image:
+    """`read_image` of what `datasets` stores of an image, its bytes or a path. Raises CorruptImageError."""
+    if stored is None:
+        raise CorruptImageError(f"corrupt image: {name}: it is missing")
+    if stored["path"]:
+        name += f" ({stored['path']})"
+    return read_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), name)
+
+
 @dataclass
 class ImageTable:
     """One split: images decoded when asked for, labels in memory.
@@ -68,12 +80,7 @@ class ImageTable:
 
     def image(self, index: int) -> Image.Image:
         """Row `index` as RGB, its EXIF orientation applied. Raises CorruptImageError."""
-        stored, name = self.rows[int(index)][self.image_column], f"{self.name} row {index}"
-        if stored is None:
-            raise CorruptImageError(f"corrupt image: {name}: it is missing")
-        if stored["path"]:
-            name += f" ({stored['path']})"
-        return read_image(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]), name)
+        return stored_image(self.rows[int(index)][self.image_column], f"{self.name} row {index}")
 
     def is_readable(self, index: int) -> bool:
         """Whether the image of row `index` can be decoded."""
@@ -101,15 +108,19 @@ def load_splits(config: DataConfig, num_classes: int | Literal["any"] | None) ->
         num_classes: K of the model; "any": as many as the labels have; None ignores labels.
 
     Raises:
-        ConfigError: no such dataset, split or column, no image, labels out of [-1, K), or a class count that is not K;
-            NoObviousColumnError where several columns, or none, may be meant.
+        ConfigError: no such dataset, split or column, no image, labels out of [-1, K), a class count that is not K, or
+            a stream; NoObviousColumnError where several columns, or none, may be meant.
     """
-    train, validation = _load_rows(config)
-    image_column = _find_column(train, "image_column", config.image_column, IMAGE_COLUMN_NAMES, datasets.Image)
-    label_column, names = None, []
-    if num_classes is not None:
-        label_column = _find_column(train, "label_column", config.label_column, LABEL_COLUMN_NAMES, datasets.ClassLabel)
-        names = _class_names(train, label_column, num_classes)
+    if config.streaming:
+        raise ConfigError(
+            "data.streaming=true: a stream can only be read in order, by `latent-egc encode` into data.latent_cache; "
+            "training without that cache, evaluating and probing need data.streaming=false, which keeps a copy"
+        )
+    train, validation = load_rows(config)
+    image_column, label_column = find_columns(train, config, num_classes)
+    names = []
+    if label_column is not None:
+        names = class_names(train, label_column, num_classes)
         _label_ids(train, label_column, names, "train")  # a wrong label is reported by its row before the split
     if validation is None:
         train, validation = _hold_out(train, label_column, config.validation_fraction)
@@ -141,7 +152,8 @@ def digits_rows() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
 
 
-def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def load_rows(config: DataConfig) -> tuple[Rows, Rows | None]:
+    """The train and, where the configuration names one, the validation split. Raises ConfigError."""
     if config.dataset == "digits":
         if config.validation_split is not None:
             raise ConfigError("data.validation_split: the digits have one split; use data.validation_fraction")
@@ -157,9 +169,8 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
             splits.append(None)
             continue
         try:
-            rows = datasets.load_dataset(
-                config.dataset, config.subset, data_dir=config.data_dir, data_files=files, split=split
-            )
+            options = {"data_dir": config.data_dir, "data_files": files, "streaming": config.streaming}
+            rows = datasets.load_dataset(config.dataset, config.subset, split=split, **options)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(
                 f"data.dataset={config.dataset!r} with data.{key}={split!r} cannot be loaded: {error}"
@@ -168,7 +179,17 @@ def _load_rows(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset |
     return splits[0], splits[1]
 
 
-def _find_column(rows: datasets.Dataset, key: str, wanted: str | None, usual: tuple[str, ...], kind: type) -> str:
+def find_columns(rows: Rows, config: DataConfig, num_classes: int | Literal["any"] | None) -> tuple[str, str | None]:
+    """The columns of images and of labels, None for a model without classes. Raises ConfigError."""
+    image_column = _find_column(rows, "image_column", config.image_column, IMAGE_COLUMN_NAMES, datasets.Image)
+    if num_classes is None:
+        return image_column, None
+    return image_column, _find_column(
+        rows, "label_column", config.label_column, LABEL_COLUMN_NAMES, datasets.ClassLabel
+    )
+
+
+def _find_column(rows: Rows, key: str, wanted: str | None, usual: tuple[str, ...], kind: type) -> str:
     """The configured column, else the only one of the right type, else one with a usual name."""
     if wanted is not None:
         if wanted not in rows.column_names:
@@ -183,7 +204,8 @@ def _find_column(rows: datasets.Dataset, key: str, wanted: str | None, usual: tu
     return named[0]
 
 
-def _class_names(rows: datasets.Dataset, column: str, num_classes: int | Literal["any"]) -> list[str]:
+def class_names(rows: Rows, column: str, num_classes: int | Literal["any"]) -> list[str]:
+    """The names of the ids of a column of labels. Raises ConfigError: there are not `num_classes`."""
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)

@@ -5,6 +5,7 @@ of (seed, number). A resumed run and any number of processes therefore see the s
 """
 
 import math
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -78,24 +79,45 @@ class BatchSchedule(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
+def num_loader_workers(data: DataConfig, reads_images: bool) -> int:
+    """`data.num_workers`, or what auto means: up to four, one processor being left to the process that they serve.
+
+    Args:
+        data: the section.
+        reads_images: whether images are decoded; else, and for the digits, which are a few bytes each, auto is 0.
+    """
+    if data.num_workers != "auto":
+        return data.num_workers
+    if not reads_images or data.dataset == "digits":
+        return 0
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(4, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 def sample_draws(
-    seed: int, sample: int, shape: tuple[int, int, int], num_timesteps: int, label_drop: float
+    seed: int,
+    sample: int,
+    shape: tuple[int, int, int],
+    num_timesteps: int,
+    label_drop: float,
+    posterior: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The random quantities of one training sample, besides its views.
 
     Timesteps are uniform in [0, num_timesteps); with probability `label_drop` the class embedding sees the null label.
 
     Returns:
-        noise, posterior_noise, clean_posterior_noise (C, h, w) float32; timesteps () int64; label_dropped () bool.
+        timesteps () int64; label_dropped () bool; noise (C, h, w) float32; where latents are samples of a `posterior`,
+        posterior_noise and clean_posterior_noise like it, which are drawn last, so that the others do not depend on it.
     """
     rng = random_stream(seed, NOISE, sample)
-    return {
+    draws = {
         "timesteps": torch.tensor(rng.integers(num_timesteps)),
         "label_dropped": torch.tensor(rng.random() < label_drop),
-        "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-        "posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-        "clean_posterior_noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
     }
+    for name in ("noise", "posterior_noise", "clean_posterior_noise") if posterior else ("noise",):
+        draws[name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    return draws
 
 
 def timestep_probabilities(alphas_cumprod: np.ndarray, log_normal: tuple[float, float] | None) -> np.ndarray:
@@ -193,12 +215,13 @@ class TrainingSamples(Dataset):
         num_timesteps: int,
         label_drop: float,
         clean_fraction: float = 1.0,
+        posterior: bool = True,
         timesteps: TimestepSampling | None = None,
         augmentation: DataConfig | None = None,
     ) -> None:
         self.views = views
         self.timesteps, self.augmentation = timesteps, augmentation
-        self.draws = (seed, shape, num_timesteps, label_drop)
+        self.draws = (seed, shape, num_timesteps, label_drop, posterior)
         self.clean_share = clean_share(clean_fraction)
 
     def __getitems__(self, samples: list[int]) -> list[dict[str, torch.Tensor]]:

@@ -33,7 +33,9 @@ from diffusers import ModelMixin
 
 from latent_egc.config import Config
 from latent_egc.data.autoencoders import encode_moments, latent_shape, load_autoencoder
+from latent_egc.data.encoding import store_channels_last
 from latent_egc.measuring import benchmark_steps as steps
+from latent_egc.measuring.benchmark_data import encoding_note, loading_note
 from latent_egc.measuring.benchmark_steps import Workload
 from latent_egc.measuring.timing import NUM_WARM_UP_STEPS, Pair, Side, distinct_sides, measure, table
 from latent_egc.models import EGCUNet, attention
@@ -129,7 +131,8 @@ def classification_pair(work: Workload) -> Pair:
 
 
 def encoding_pair(vae: ModelMixin, batch_size: int, image_size: int) -> Pair:
-    """The autoencoder on a batch of random images, beside nothing."""
+    """The autoencoder on a batch of random images, as encoding runs it, beside nothing."""
+    store_channels_last(vae)
     pixel_values = torch.rand(batch_size, 3, image_size, image_size, device=vae.device) * 2 - 1
     name = f"encoding {batch_size} images of {image_size} px, {type(vae).__name__}"
     return Pair(_side(name, encode_moments, vae, pixel_values))
@@ -202,7 +205,10 @@ def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> Benchma
         notes.append("encoding: not measured, autoencoder.path is null (pixel space)")
     for pair in groups["encoding"]:
         if pair.side.median is not None:
-            notes.append(f"{pair.side.name}: {batch_size / pair.side.median:.1f} a second")
+            notes.append(encoding_note(config, vae, batch_size, pair.side.median))
+    full_step = groups["training step"][-1].side
+    if full_step.median is not None:
+        notes.append(loading_note(config, vae, place, full_step.median))
     pairs = [pair for group in groups.values() for pair in group]
     notes += [f"{side.name}: failed, {side.failure}" for side in distinct_sides(pairs) if side.failure is not None]
     settings = describe(work, place) | {

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 from latent_egc.atomic import replace_file, replace_folder
 from latent_egc.config import Config, ConfigError, TrainingConfig
-from latent_egc.data.autoencoders import latent_shape, latents_from_moments, load_autoencoder
+from latent_egc.data.autoencoders import has_posterior, latent_shape, latents_from_moments, load_autoencoder
 from latent_egc.data.mixing import augmented
-from latent_egc.data.stream import BatchSchedule, TrainingSamples, timestep_sampling
+from latent_egc.data.stream import BatchSchedule, TrainingSamples, num_loader_workers, timestep_sampling
 from latent_egc.data.views import Views
 from latent_egc.models import EnergyModel
 from latent_egc.objective import CompiledForward, EGCObjective
@@ -229,22 +229,24 @@ def micro_batches(
     config: Config, views: Views, vae: ModelMixin | None, first_step: int, accelerator: Accelerator
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """This process's micro-batches from a step on: the objective's inputs, and how many corrupt images were skipped."""
-    training, workers = config.training, config.data.num_workers
+    training, workers = config.training, num_loader_workers(config.data, config.data.latent_cache is None)
     num_timesteps, num_classes = config.model["num_train_timesteps"], config.model["num_classes"]
     shape = latent_shape(vae, config.data.image_size)
     shares = config.objective.label_drop, config.objective.clean_fraction
+    posterior = config.autoencoder.sample_posterior and has_posterior(vae)
     samples = TrainingSamples(
-        views, training.seed, shape, num_timesteps, *shares, timestep_sampling(config), config.data
+        views, training.seed, shape, num_timesteps, *shares, posterior, timestep_sampling(config), config.data
     )
     sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
     schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
     options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals_to_the_loop}
+    options["pin_memory"] = accelerator.device.type == "cuda"
     for batch in DataLoader(samples, batch_sampler=schedule, **options):
         seen = batch.pop("in_clean_branch")  # chosen before anything waits for a device
         batch |= {key: batch[key][seen] for key in batch if key.startswith("clean_")}
         batch["clean_labels"] = batch["class_labels"][seen]
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-        inputs = objective_inputs(batch, views, vae, config.autoencoder.sample_posterior, num_classes is not None)
+        inputs = objective_inputs(batch, views, vae, num_classes is not None)
         if num_classes is not None:
             masks = batch.get("clean_erasing"), batch.get("clean_mixing")
             inputs |= augmented(inputs["clean_latents"], inputs["clean_labels"], num_classes, *masks)
@@ -261,17 +263,16 @@ def leave_signals_to_the_loop(worker: int) -> None:
 
 
 def objective_inputs(
-    batch: dict[str, torch.Tensor], views: Views, vae: ModelMixin | None, sample_posterior: bool, labelled: bool
+    batch: dict[str, torch.Tensor], views: Views, vae: ModelMixin | None, labelled: bool
 ) -> dict[str, torch.Tensor]:
     """The arguments of `EGCObjective.forward` for one micro-batch of `TrainingSamples`, on the batch's device.
 
-    With `sample_posterior` latents are samples of the autoencoder's posterior, else its means; `labelled`: the model
-    has classes.
+    Latents are samples of the autoencoder's posterior where the batch has noise for it, else its means; `labelled`: the
+    model has classes.
     """
 
     def latents(view: str, posterior_noise: str) -> torch.Tensor:
-        noise = batch[posterior_noise] if sample_posterior else None
-        return latents_from_moments(vae, views.moments(vae, batch[view]), noise)
+        return latents_from_moments(vae, views.moments(vae, batch[view]), batch.get(posterior_noise))
 
     inputs = {"latents": latents("view", "posterior_noise")}
     inputs |= {key: batch[key] for key in ("noise", "timesteps", "timestep_weights", "label_dropped") if key in batch}

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import tiny_kl, tiny_taesd
 
 from latent_egc.config import Config, ConfigError, parse_config
-from latent_egc.data import latent_cache
+from latent_egc.data import encoding, latent_cache
 from latent_egc.data.autoencoders import encode_moments, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, content_digest, open_cache
 from latent_egc.data.sources import CorruptImageError, load_splits
@@ -35,7 +35,7 @@ MODEL = {
 def small(tmp_path, monkeypatch):
     """Shards of 4 images; `datasets` prepares its tables below the test's own folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(latent_cache, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(encoding, "IMAGES_PER_SHARD", 4)
 
 
 @pytest.fixture
@@ -59,6 +59,7 @@ def config(tmp_path) -> Config:
                 "image_size": 8,
                 "horizontal_flip": True,
                 "num_views": 3,
+                "num_workers": 0,
                 "latent_cache": str(tmp_path / "cache"),
             },
         }
@@ -70,7 +71,7 @@ def with_data(config: Config, **changes) -> Config:
 
 
 def encode(config: Config, **options) -> Path:
-    return latent_cache.encode(config.data, config.autoencoder, config.model["num_classes"], **options)
+    return encoding.encode(config.data, config.autoencoder, config.model["num_classes"], **options)
 
 
 def opened(config: Config) -> latent_cache.LatentCache:
@@ -180,10 +181,10 @@ def test_interrupted_encoding_goes_on_behind_the_last_whole_shard(config, tmp_pa
             raise KeyboardInterrupt
         return encode_moments(vae, batch)
 
-    monkeypatch.setattr(latent_cache, "encode_moments", stop_in_the_second_shard)
+    monkeypatch.setattr(encoding, "encode_moments", stop_in_the_second_shard)
     with pytest.raises(KeyboardInterrupt):
         encode(config)
-    monkeypatch.setattr(latent_cache, "encode_moments", encode_moments)
+    monkeypatch.setattr(encoding, "encode_moments", encode_moments)
     first = shards(config)
     assert len(first) == 1
     with pytest.raises(ConfigError, match=r"data\.latent_cache=.* is unfinished; `latent-egc encode` goes on with it"):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -275,6 +276,7 @@ def quick(monkeypatch):
 def test_every_row_is_measured_printed_and_written(tmp_path, capsys):
     tiny_kl().save_pretrained(tmp_path / "vae")
     values = config_values(autoencoder=str(tmp_path / "vae"), mixed_precision="bf16")
+    values["data"] |= {"num_workers": 1, "latent_cache": str(tmp_path / "cache")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     output = tmp_path / "new" / "benchmark.json"
     assert (
@@ -306,7 +308,15 @@ def test_every_row_is_measured_printed_and_written(tmp_path, capsys):
     table = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")][2:]
     assert [(cells[0].strip(), cells[3].strip()) for cells in table] == [(name, other or "") for name, other, _ in ROWS]
     assert settings["device"] in out
-    assert "a second" in out
+    encoding, loading = report["notes"]
+    assert re.fullmatch(
+        r"encoding, from photographs, 1 workers: [\d.]+ images a second, [\d.]+ of the autoencoder's own [\d.]+",
+        encoding,
+    )
+    assert re.fullmatch(
+        r"loading, from a latent cache, 1 workers: [\d.]+ samples a second; the full step consumes [\d.]+", loading
+    )
+    assert encoding in out
 
 
 @pytest.mark.usefixtures("quick")
@@ -317,7 +327,11 @@ def test_what_cannot_be_measured_is_said():
     assert [pair.side.name for pair in report.pairs] == [
         name for name, _, _ in ROWS if not any(word in name for word in left_out)
     ]
-    assert [note.split(":")[0] for note in report.notes] == ["full step, bf16", "encoding"]
+    assert [note.split(":")[0] for note in report.notes] == [
+        "full step, bf16",
+        "encoding",
+        "loading, from photographs, 0 workers",
+    ]
     assert all(note in str(report) for note in report.notes)
 
 

@@ -326,10 +326,11 @@ def test_a_run_says_where_its_data_come_from(tmp_path, capsys):
 def test_each_view_has_a_posterior_noise_of_its_own(tmp_path, sample_posterior):
     data, vae = write_images(tmp_path / "images"), tiny_kl()
     views = PixelViews(load_splits(data, 3).train, data, seed=0)
-    batch = default_collate(TrainingSamples(views, 0, (2, 4, 4), 1000, 0.1).__getitems__([0, 1]))
+    samples = TrainingSamples(views, 0, (2, 4, 4), 1000, 0.1, posterior=sample_posterior)
+    batch = default_collate(samples.__getitems__([0, 1]))
     batch["clean_view"], batch["clean_labels"] = batch["view"], batch["class_labels"]
     with torch.no_grad():
-        inputs = objective_inputs(batch, views, vae, sample_posterior, labelled=True)
+        inputs = objective_inputs(batch, views, vae, labelled=True)
         moments = views.moments(vae, batch["view"])
     for latents, noise in (("latents", "posterior_noise"), ("clean_latents", "clean_posterior_noise")):
         expected = latents_from_moments(vae, moments, batch[noise] if sample_posterior else None)

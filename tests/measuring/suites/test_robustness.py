@@ -16,7 +16,7 @@ from torch import nn
 
 from latent_egc import EGCPipeline
 from latent_egc.config import ConfigError, load_config
-from latent_egc.data.latent_cache import encode
+from latent_egc.data.encoding import encode
 from latent_egc.measuring.attacks import Attacker, DenoisedClassifier, PixelClassifier, Threat
 from latent_egc.measuring.suites import robustness
 from latent_egc.measuring.suites.robustness import Trial
