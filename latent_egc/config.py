@@ -20,12 +20,14 @@ import yaml
 
 from latent_egc.strict_yaml import parse_yaml
 
-# Names that keys had before -> theirs now.
+# Names that keys had before -> theirs now, and values where they are others now.
 RENAMED = {
     "training.evaluate_every": "validate_every",
     "training.num_evaluation_samples": "num_validation_images",
+    "training.shard_optimizer": "shard",
     "sampling.images_per_class": "num_images_per_label",
 }
+NEW_VALUES = {("training.shard_optimizer", "True"): "optimizer", ("training.shard_optimizer", "False"): "none"}
 
 
 class ConfigError(ValueError):
@@ -46,9 +48,8 @@ def file_path(default: Any = None) -> Any:
 class AutoencoderConfig:
     """The pretrained autoencoder; it is never trained."""
 
-    path: str | None = file_path(
-        "digits_vae"
-    )  # "digits_vae" (in the package), a Hub id, a folder, or null for pixel space
+    # "digits_vae" (in the package), a Hub id, a folder, or null for pixel space
+    path: str | None = file_path("digits_vae")
     subfolder: str | None = None  # such as "vae" inside a Stable Diffusion repository
     sample_posterior: bool = True  # train on posterior samples; false: on posterior means
     slicing: bool = False  # encode and decode one image at a time, for large images
@@ -58,9 +59,8 @@ class AutoencoderConfig:
 class DataConfig:
     """Images, labels and their views."""
 
-    dataset: str = file_path(
-        "digits"
-    )  # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
+    # "digits", or what datasets.load_dataset takes: a Hub id, "imagefolder", "parquet", ...
+    dataset: str = file_path("digits")
     subset: str | None = None  # the Hub dataset's configuration
     data_dir: str | None = file_path()
     data_files: str | dict[str, str] | None = file_path()  # noqa: RUF009, a field
@@ -107,8 +107,9 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] | None = None  # null: what the launcher says, else "no"
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
-    shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
-    check_gradients: bool | None = None  # once, before the first step; null: with bf16, compile or shard_optimizer
+    # Each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer), or of the parameters too (FSDP2).
+    shard: Literal["none", "optimizer", "parameters"] = "none"
+    check_gradients: bool | None = None  # once, before the first step; null: with bf16 or compile, or sharded
     ema_decay: float = within(0.9999, 0.0, 1.0)  # the bound, reached by diffusers' warm-up (1 + step) / (10 + step)
     seed: int = within(0, 0, 2**32 - 1)
     log_every: int = within(10, 1)
@@ -124,7 +125,7 @@ class TrainingConfig:
     @property
     def checks_gradients(self) -> bool:
         """`check_gradients`, or its default where it is null."""
-        risky = self.mixed_precision == "bf16" or self.compile or self.shard_optimizer
+        risky = self.mixed_precision == "bf16" or self.compile or self.shard != "none"
         return risky if self.check_gradients is None else self.check_gradients
 
 
@@ -229,7 +230,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     """Plain values -> a checked `Config`. Raises ConfigError as `load_config` does."""
     if "model" not in values:
         raise ConfigError("model is missing: the section that describes the energy network")
-    config = parse_dataclass(Config, _with_new_names(values), "")
+    config = parse_dataclass(Config, with_new_names(values), "")
     check_folder(config.autoencoder.path, "autoencoder.path")
     _check_data(config.data)
     _check_output(config)
@@ -241,13 +242,14 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys under their names of today; of two names of one key the later stands. One warning for all old names."""
     renamed, old = dict(values), []
     for section in {key.split(".")[0] for key in RENAMED}:
         if isinstance(values.get(section), Mapping):
             old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]
-            renamed[section] = {RENAMED.get(f"{section}.{k}", k): value for k, value in values[section].items()}
+            named = [(key, f"{section}.{key}", value) for key, value in values[section].items()]
+            renamed[section] = {RENAMED.get(n, key): NEW_VALUES.get((n, str(v)), v) for key, n, v in named}
     if old:
         names = ", ".join(f"{name} is now {name.split('.')[0]}.{RENAMED[name]}" for name in sorted(old))
         warnings.warn(f"renamed keys in the configuration: {names}", stacklevel=4)

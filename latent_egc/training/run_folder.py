@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 
 from latent_egc.atomic import finish_replacing, remove, replace_file
-from latent_egc.config import Config, ConfigError, expanded, read_sections
+from latent_egc.config import Config, ConfigError, expanded, read_sections, with_new_names
 from latent_egc.data.autoencoders import fingerprint, load_autoencoder
 from latent_egc.training.checkpoints import checkpoint_folders
 
@@ -118,7 +118,7 @@ def _lock(run: Path) -> IO[str]:
 def _compare(run: Path, now: dict[str, Any]) -> None:
     """Refuses another model or autoencoder than the run to resume has; warns of another kind of run."""
     try:
-        before = read_sections(run / "config.yaml")
+        before = with_new_names(read_sections(run / "config.yaml"))
         sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
         # Runs from before recorded it as it was given.
         sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")
