@@ -1,4 +1,4 @@
-"""Runs whose processes each keep a part of the parameters: the same gradients, checkpoints and averages as whole ones."""
+"""Runs with sharded parameters: the same gradients, checkpoints and averages as with whole ones."""
 
 import os
 import shutil
@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_gradients import RUNS, gradients_of_two_steps
 from tiny import ROOT, tiny_unet
 from tiny_runs import evaluations, finish, losses, run_config, run_values, start
+from tiny_sharding import gradients_of_two_steps
 
 from latent_egc.training.loop import train
 from latent_egc.training.sharding import copy_without_weights
@@ -22,7 +22,7 @@ WEIGHTS, AVERAGES = "state/model.safetensors", "pipeline/energy_model/diffusion_
 def test_gradients_of_sharded_parameters_are_those_of_whole_ones_step_after_step(tmp_path):
     """Against plain float64 on one process; and the second step's would show weights that stayed those of the first."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    script = str(ROOT / "tests" / "training" / "sharded_gradients.py")
+    script = str(ROOT / "tests" / "tiny_sharding.py")
     subprocess.run([*TORCHRUN, script, str(tmp_path / "gradients.pt")], env=environment, check=True)
     for name, found in torch.load(tmp_path / "gradients.pt").items():
         expected = gradients_of_two_steps(*name.split())
