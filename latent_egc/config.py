@@ -10,7 +10,6 @@ import os
 import re
 import types
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
+from latent_egc.renamed_keys import with_new_names
 from latent_egc.strict_yaml import parse_yaml
-
-# Names that keys had before -> theirs now.
-RENAMED = {
-    "training.evaluate_every": "validate_every",
-    "training.num_evaluation_samples": "num_validation_images",
-    "sampling.images_per_class": "num_images_per_label",
-}
 
 
 class ConfigError(ValueError):
@@ -117,8 +110,9 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] | None = None  # null: what the launcher says, else "no"
     compile: bool = False  # the training step by torch.compile; where that fails: one warning, and the plain step
     activation_checkpointing: bool = False  # recompute the blocks' activations: less memory, more time
-    shard_optimizer: bool = False  # each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer)
-    check_gradients: bool | None = None  # once, before the first step; null: with bf16, compile or shard_optimizer
+    # Each process keeps a part of the optimiser's state (ZeroRedundancyOptimizer), or of the parameters too (FSDP2).
+    shard: Literal["none", "optimizer", "parameters"] = "none"
+    check_gradients: bool | None = None  # once, before the first step; null: with bf16 or compile, or sharded
     ema_decay: float = within(0.9999, 0.0, 1.0)  # the bound, reached by diffusers' warm-up (1 + step) / (10 + step)
     seed: int = within(0, 0, 2**32 - 1)
     log_every: int = within(10, 1)
@@ -134,7 +128,7 @@ class TrainingConfig:
     @property
     def checks_gradients(self) -> bool:
         """`check_gradients`, or its default where it is null."""
-        risky = self.mixed_precision == "bf16" or self.compile or self.shard_optimizer
+        risky = self.mixed_precision == "bf16" or self.compile or self.shard != "none"
         return risky if self.check_gradients is None else self.check_gradients
 
 
@@ -235,7 +229,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     """Plain values -> a checked `Config`. Raises ConfigError as `load_config` does."""
     if "model" not in values:
         raise ConfigError("model is missing: the section that describes the energy network")
-    config = parse_dataclass(Config, _with_new_names(values), "")
+    config = parse_dataclass(Config, with_new_names(values), "")
     check_folder(config.autoencoder.path, "autoencoder.path")
     _check_data(config.data)
     _check_output(config)
@@ -243,19 +237,6 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         # A compiled step takes the input gradient by torch.func.grad, and recomputation belongs to autograd's.
         raise ConfigError("training.compile and training.activation_checkpointing exclude each other")
     return config
-
-
-def _with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys under their names of today; of two names of one key the later stands. One warning for all old names."""
-    renamed, old = dict(values), []
-    for section in {key.split(".")[0] for key in RENAMED}:
-        if isinstance(values.get(section), Mapping):
-            old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]
-            renamed[section] = {RENAMED.get(f"{section}.{k}", k): value for k, value in values[section].items()}
-    if old:
-        names = ", ".join(f"{name} is now {name.split('.')[0]}.{RENAMED[name]}" for name in sorted(old))
-        warnings.warn(f"renamed keys in the configuration: {names}", stacklevel=4)
-    return renamed
 
 
 def check_folder(path: str | None, key: str) -> None:

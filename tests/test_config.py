@@ -286,6 +286,18 @@ def test_old_names_of_keys_are_understood_with_one_warning(write):
         assert load_config(write(text), ["training.evaluate_every=9"]).training.validate_every == 9
 
 
+def test_the_key_that_was_a_boolean_is_understood_with_its_value(write):
+    text = yaml.safe_dump({"model": MODEL, "training": {"shard_optimizer": True}})
+    with pytest.warns(UserWarning, match="training.shard_optimizer is now training.shard"):
+        assert load_config(write(text)).training.shard == "optimizer"
+    with pytest.warns(UserWarning, match="renamed"):
+        assert load_config(write(text), ["training.shard_optimizer=false"]).training.shard == "none"
+    with pytest.warns(UserWarning, match="renamed"):
+        assert load_config(write(text), ["training.shard=parameters"]).training.shard == "parameters"
+    with pytest.raises(ConfigError, match=r"training.shard must be one of 'none', 'optimizer', 'parameters', got True"):
+        load_config(write(yaml.safe_dump({"model": MODEL, "training": {"shard": True}})))
+
+
 def test_resolved_config_is_valid_input_and_equal(tmp_path):
     config = parse_config(
         {

@@ -15,7 +15,7 @@ LAYERS = [
     {"models"},
     {"methods"},
     {"pipelines"},
-    {"objective", "strict_yaml", "config", "atomic"},
+    {"objective", "strict_yaml", "renamed_keys", "config", "atomic"},
     {"data"},
     {"training"},
     {"exchange"},

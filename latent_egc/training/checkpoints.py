@@ -11,7 +11,6 @@ are not kept, since everything random is a function of (seed, sample number).
 import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,12 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from latent_egc.atomic import CheckpointError, remove, replace_folder, replace_text
 from latent_egc.objective import EGCObjective
+from latent_egc.pipelines import EGCPipeline
+from latent_egc.training.sharding import load_whole_optimizer, load_whole_weights, whole_state
 
 
 @dataclass(frozen=True)
@@ -119,22 +119,22 @@ def save_checkpoint(
     accelerator: Accelerator,
     objective: nn.Module,
     optimizer: AcceleratedOptimizer,
-    save_pipeline: Callable[[Path], None],
+    pipeline: EGCPipeline,
     keep: int,
 ) -> None:
     """Writes a checkpoint and deletes those that are no longer kept; for every process to call.
 
+    `pipeline` has the averaged weights. What is written is whole, so that any number of processes goes on from it.
     Raises CheckpointError where writing failed; the earlier checkpoints are as they were.
     """
-    if isinstance(optimizer.optimizer, ZeroRedundancyOptimizer):
-        optimizer.optimizer.consolidate_state_dict(to=0)  # the main process writes the whole state
+    weights, optimizer_state = whole_state(accelerator.unwrap_model(objective), optimizer.optimizer, accelerator)
 
     def write(unfinished: Path) -> None:
         (unfinished / "state").mkdir()
-        save_model(accelerator.unwrap_model(objective), str(unfinished / "state" / "model.safetensors"))
+        save_file(weights, unfinished / "state" / "model.safetensors")
         with (unfinished / "state" / "optimizer.bin").open("wb") as file:  # a file of torch's own would not say "full"
-            torch.save(optimizer.state_dict(), file)
-        save_pipeline(unfinished / "pipeline")
+            torch.save(optimizer_state, file)
+        pipeline.save_pretrained(unfinished / "pipeline")
         write_record(unfinished, record)
 
     if accelerator.is_main_process:
@@ -152,13 +152,13 @@ def load_checkpoint(run: Path, objective: EGCObjective, optimizer: AcceleratedOp
     try:
         step = read_record(newest).global_step
         averaged = type(model).from_pretrained(newest / "pipeline" / "energy_model", use_safetensors=True)
-        model.load_state_dict(averaged.state_dict())  # checks names and shapes
+        load_whole_weights(model, averaged.state_dict())  # checks names and shapes
         average.load_state_dict({"optimization_step": step, "shadow_params": [p.detach() for p in model.parameters()]})
-        load_model(objective, newest / "state" / "model.safetensors")
+        load_whole_weights(objective, load_file(newest / "state" / "model.safetensors"))
         state = torch.load(newest / "state" / "optimizer.bin", map_location="cpu", weights_only=True)
         for group in state["param_groups"]:  # as this loop makes it, which did not always
             group["fused"] = True
-        optimizer.load_state_dict(state)
+        load_whole_optimizer(optimizer.optimizer, state)
     except Exception as error:  # torch, safetensors and pickle have no common error for a damaged file
         raise CheckpointError(
             f"checkpoint {newest} is damaged: {error}; delete that folder to resume from the one before it"

@@ -34,7 +34,6 @@ from latent_egc.data.stream import BatchSchedule, TrainingSamples, num_loader_wo
 from latent_egc.data.views import Views
 from latent_egc.models import EnergyModel
 from latent_egc.objective import CompiledForward, EGCObjective
-from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.build import Data, build_data, build_model, build_pipeline, resolve
 from latent_egc.training.checkpoints import (
     CheckpointRecord,
@@ -46,18 +45,19 @@ from latent_egc.training.checkpoints import (
 from latent_egc.training.figures import save_curves, save_samples
 from latent_egc.training.gradient_check import check_gradients
 from latent_egc.training.run_folder import prepare_run_folder
+from latent_egc.training.sharding import averaged_weights, copy_without_weights, shard_parameters
 from latent_egc.training.step import LateNumbers, take_step
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
-TAKES_PARAMETERS_APART = (
-    "it gathers parameters around one forward and one backward pass; the energy's input gradient is a backward pass "
-    "inside the forward, after which they are in parts again"
+SHARDS_OTHERWISE = (
+    "it takes parameters apart layer by layer, also between the energy's input gradient, a backward pass inside the "
+    "forward, and the backward pass of both"
 )
 # How Accelerate can launch what this loop cannot run -> why.
 REFUSED_LAUNCHES = {
-    DistributedType.FSDP: TAKES_PARAMETERS_APART,
-    DistributedType.MEGATRON_LM: TAKES_PARAMETERS_APART,
+    DistributedType.FSDP: SHARDS_OTHERWISE,
+    DistributedType.MEGATRON_LM: SHARDS_OTHERWISE,
     DistributedType.DEEPSPEED: (
         "its engine steps the optimiser inside the backward pass, before a loss that is not finite can be caught"
     ),
@@ -91,16 +91,17 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     if config.model["init_from"] is not None:
         load_initial_weights(model, config.model["init_from"])
     data = data or build_data(config.data, vae, config.model["num_classes"], training.seed)
-    objective, optimizer, average = prepare(model, config, objective_class, accelerator)
+    objective = build_objective(model, config, objective_class).to(accelerator.device)
     if training.checks_gradients:
         inputs, _ = next(micro_batches(config, data.train, vae, 0, accelerator))
-        gradient_error = check_gradients(accelerator.unwrap_model(objective), inputs, accelerator)
+        gradient_error = check_gradients(objective, inputs, accelerator)
+    averaged = copy_without_weights(model)  # to validate, to draw from and to save
+    objective, optimizer, average = prepare(objective, training, accelerator)
 
     # Nothing is written, and no earlier run is touched, before everything above has been found usable.
     lock = prepare_run_folder(config, vae, accelerator)
-    pipeline = build_pipeline(model, vae, data.class_names, config.sampling.guidance_scale)
+    pipeline = build_pipeline(averaged, vae, data.class_names, config.sampling.guidance_scale)
     validation = validation_latents(data.validation, vae, training.num_validation_images, shape, accelerator)
-    save_pipeline = partial(save_averaged_pipeline, pipeline, average)
     step = load_checkpoint(folder, accelerator.unwrap_model(objective), optimizer, average)
     metrics = MetricsLog(folder / "metrics.jsonl", step, accelerator)
     accelerator.print(
@@ -137,26 +138,29 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
             score = None
             # A checkpoint is always validated, so that the best one is known; but not when there is no time left.
             if (checkpoint_due or validation_due) and not stopped:
-                with averaged_weights(model, average):
-                    found = validate(model, *validation, accelerator, training.train_batch_size)
+                with averaged_weights(averaged, average):
+                    found = validate(averaged, *validation, accelerator, training.train_batch_size)
                 metrics.add(step, found)
                 accelerator.print(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 score = found.get("validation_accuracy", -found["validation_denoising_loss"])
             if samples_due and not stopped:
-                if accelerator.is_main_process:
-                    draw = partial(save_samples, pipeline, config.sampling, step)
-                    with averaged_weights(model, average):
+                draw = partial(save_samples, pipeline, config.sampling, step)
+                with averaged_weights(averaged, average):
+                    if accelerator.is_main_process:
                         replace_file(folder / "samples" / f"step-{step:08d}.png", draw)
                 accelerator.wait_for_everyone()
             if checkpoint_due or stopped:
                 record = CheckpointRecord(step, score)
-                parts = (objective, optimizer, save_pipeline)
-                save_checkpoint(folder, record, accelerator, *parts, training.keep_checkpoints)
+                with averaged_weights(averaged, average):
+                    parts = (objective, optimizer, pipeline)
+                    save_checkpoint(folder, record, accelerator, *parts, training.keep_checkpoints)
             if stopped:
                 accelerator.print(f"stopped at step {step}, checkpoint saved; training.resume=auto goes on from here")
                 return folder
+        with averaged_weights(averaged, average):
+            if accelerator.is_main_process:
+                replace_folder(folder / "pipeline", pipeline.save_pretrained)
         if accelerator.is_main_process:
-            replace_folder(folder / "pipeline", save_pipeline)
             replace_file(folder / "curves.png", partial(save_curves, read_metrics(metrics.path)))
         accelerator.wait_for_everyone()
     return folder
@@ -182,28 +186,36 @@ def start_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
         raise ConfigError(
             f"this run was launched with {accelerator.distributed_type.value}: "
             f"{REFUSED_LAUNCHES[accelerator.distributed_type]}. Launch it with plain multi-process data parallelism; "
-            "training.shard_optimizer=true and training.activation_checkpointing=true save memory"
+            "training.shard=parameters and training.activation_checkpointing=true save memory"
         )
     return accelerator
 
 
-def prepare(
-    model: EnergyModel, config: Config, objective_class: type[EGCObjective], accelerator: Accelerator
-) -> tuple[nn.Module, AcceleratedOptimizer, EMAModel]:
-    """The objective as every process runs it, its optimiser, and the average of the weights, on the device."""
-    training = config.training
+def build_objective(model: EnergyModel, config: Config, objective_class: type[EGCObjective]) -> EGCObjective:
+    """The objective as every process runs it (recomputing, compiled), before it is prepared for several."""
     options = dataclasses.asdict(config.objective)
     for key in ("clean_fraction", "timestep_log_normal", "classification_log_normal", "low_discrepancy_timesteps"):
         del options[key]  # what the loader does
     objective = objective_class(model, **options)
-    if training.activation_checkpointing:
+    if config.training.activation_checkpointing:
         model.enable_gradient_checkpointing()
-    if training.compile:
+    if config.training.compile:
         objective.forward = CompiledForward(objective)
-    objective = accelerator.prepare(objective)
+    return objective
+
+
+def prepare(
+    objective: EGCObjective, training: TrainingConfig, accelerator: Accelerator
+) -> tuple[nn.Module, AcceleratedOptimizer, EMAModel]:
+    """The objective for all processes, its optimiser, and the average of the weights, sharded as `training.shard` says.
+
+    One process keeps everything, and shards nothing.
+    """
+    model, shard = objective.energy_model, training.shard if accelerator.num_processes > 1 else "none"
+    objective = shard_parameters(objective, accelerator) if shard == "parameters" else accelerator.prepare(objective)
     options = {"lr": training.learning_rate, "betas": training.adam_betas, "weight_decay": training.weight_decay}
     options["fused"] = True  # can leave a step out on the device, see `take_step`
-    if training.shard_optimizer and accelerator.num_processes > 1:  # each process keeps a part of the state
+    if shard == "optimizer":
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, **options)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **options)
@@ -280,25 +292,6 @@ def objective_inputs(
         clean_latents = latents("clean_view", "clean_posterior_noise")
         inputs |= {key: batch[key] for key in ("class_labels", "clean_labels")} | {"clean_latents": clean_latents}
     return inputs
-
-
-@contextmanager
-def averaged_weights(model: EnergyModel, average: EMAModel) -> Iterator[None]:
-    """The model with its averaged weights, in eval mode."""
-    average.store(model.parameters())
-    average.copy_to(model.parameters())
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-        average.restore(model.parameters())
-
-
-def save_averaged_pipeline(pipeline: EGCPipeline, average: EMAModel, folder: Path) -> None:
-    """Writes a run's pipeline with its averaged weights."""
-    with averaged_weights(pipeline.energy_model, average):
-        pipeline.save_pretrained(folder)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from latent_egc.atomic import finish_replacing, remove, replace_file
 from latent_egc.config import Config, ConfigError, expanded, parse_config, read_sections
 from latent_egc.data.autoencoders import fingerprint, load_autoencoder
+from latent_egc.renamed_keys import with_new_names
 from latent_egc.training.build import LAUNCHER_VARIABLES
 from latent_egc.training.checkpoints import checkpoint_folders
 
@@ -85,7 +86,7 @@ def _comparable(value: Any, section: str) -> Any:
 
 def _stored_sections(run: Path) -> dict[str, dict[str, Any]]:
     """What a run's config.yaml says. Raises ValueError, TypeError or KeyError where it is damaged."""
-    before = read_sections(run / "config.yaml")
+    before = with_new_names(read_sections(run / "config.yaml"))
     sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
     # Runs from before recorded it as it was given.
     sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")

@@ -20,6 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from latent_egc.config import TrainingConfig
 from latent_egc.objective import EGCLosses
 from latent_egc.training.checkpoints import checkpoint_folders
+from latent_egc.training.sharding import whole
 
 # What a step computes, in this order; the losses and the gradient's norm must be finite.
 NUMBERS = (*EGCLosses._fields, "grad_norm", "num_skipped", "num_asked_to_stop")
@@ -63,7 +64,7 @@ def take_step(
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
                 limit = math.inf if training.max_grad_norm is None else training.max_grad_norm
-                totals[3] = accelerator.clip_grad_norm_(objective.parameters(), limit)
+                totals[3] = whole(accelerator.clip_grad_norm_(objective.parameters(), limit))
         totals[:3] += torch.stack(losses).detach() / training.gradient_accumulation_steps
         totals[4] += num_skipped
     totals[5] = should_stop()

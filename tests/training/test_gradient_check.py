@@ -126,7 +126,7 @@ def test_the_check_is_logged_and_changes_nothing(tmp_path, capsys):
 
 
 def test_bf16_compiled_and_sharded_runs_are_checked_unless_told_otherwise():
-    for settings in ({"mixed_precision": "bf16"}, {"compile": True}, {"shard_optimizer": True}):
+    for settings in ({"mixed_precision": "bf16"}, {"compile": True}, {"shard": "parameters"}):
         assert run_config("runs/none", **settings).training.checks_gradients
         assert not run_config("runs/none", check_gradients=False, **settings).training.checks_gradients
     assert not run_config("runs/none").training.checks_gradients

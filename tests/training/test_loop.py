@@ -458,11 +458,11 @@ def test_sharded_optimiser_trains_the_same_network_and_resumes_anywhere(tmp_path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     constant = {"lr_schedule": "constant"}
     train(run_config(tmp_path / "one", train_batch_size=8, **constant))
-    two = run_values(tmp_path / "two", train_batch_size=4, shard_optimizer=True, max_steps=2, **constant)
+    two = run_values(tmp_path / "two", train_batch_size=4, shard="optimizer", max_steps=2, **constant)
     finish(start(two, launcher=torchrun))
     finish(start(two, "training.max_steps=3", "training.resume=auto", launcher=torchrun))
     AcceleratorState._reset_state(reset_partial_state=True)
-    train(run_config(tmp_path / "two", train_batch_size=8, shard_optimizer=True, resume="auto", **constant))
+    train(run_config(tmp_path / "two", train_batch_size=8, shard="optimizer", resume="auto", **constant))
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert expected.keys() == found.keys()
     for step, values in expected.items():
@@ -473,7 +473,7 @@ def test_sharded_optimiser_trains_the_same_network_and_resumes_anywhere(tmp_path
 def test_launches_that_the_loop_cannot_run_are_refused(tmp_path, kind, monkeypatch):
     """Accelerate offers neither on the CPU, so the launch is only said to be one."""
     monkeypatch.setattr("accelerate.Accelerator.distributed_type", kind)
-    with pytest.raises(ConfigError, match=f"launched with {kind.value}: .* training.shard_optimizer=true"):
+    with pytest.raises(ConfigError, match=f"launched with {kind.value}: .* training.shard=parameters"):
         train(run_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

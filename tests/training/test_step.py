@@ -11,7 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from latent_egc.objective import EGCLosses, EGCObjective
 from latent_egc.training.build import build_network, resolve
-from latent_egc.training.loop import prepare
+from latent_egc.training.loop import build_objective, prepare
 from latent_egc.training.step import NUMBERS, LateNumbers, NonFiniteLossError, take_step, update_average
 
 
@@ -28,7 +28,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, accumulation):
     config = resolve(run_config(tmp_path, gradient_accumulation_steps=accumulation, weight_decay=0.1))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = build_network(config.model)
-    objective, optimizer, average = prepare(model, config, ScaledObjective, accelerator)
+    objective = build_objective(model, config, ScaledObjective)
+    objective, optimizer, average = prepare(objective, config.training, accelerator)
 
     def step(*factors):
         batches = iter([({"factor": torch.tensor(factor)}, torch.tensor(0)) for factor in factors])

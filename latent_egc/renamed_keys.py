@@ -1,0 +1,28 @@
+"""A configuration's keys that had other names before: files with the old ones are still read, with a warning."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+# Names that keys had before -> theirs now, and values where they are others now.
+RENAMED = {
+    "training.evaluate_every": "validate_every",
+    "training.num_evaluation_samples": "num_validation_images",
+    "training.shard_optimizer": "shard",
+    "sampling.images_per_class": "num_images_per_label",
+}
+NEW_VALUES = {("training.shard_optimizer", "True"): "optimizer", ("training.shard_optimizer", "False"): "none"}
+
+
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys under their names of today; of two names of one key the later stands. One warning for all old names."""
+    renamed, old = dict(values), []
+    for section in {key.split(".")[0] for key in RENAMED}:
+        if isinstance(values.get(section), Mapping):
+            old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]
+            named = [(key, f"{section}.{key}", value) for key, value in values[section].items()]
+            renamed[section] = {RENAMED.get(n, key): NEW_VALUES.get((n, str(v)), v) for key, n, v in named}
+    if old:
+        names = ", ".join(f"{name} is now {name.split('.')[0]}.{RENAMED[name]}" for name in sorted(old))
+        warnings.warn(f"renamed keys in the configuration: {names}", stacklevel=4)
+    return renamed
