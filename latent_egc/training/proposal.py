@@ -181,7 +181,7 @@ def _data(found: Inspection, image_size: Choice, labelled: bool, cache: str | No
     if cache is not None:
         choices["latent_cache"] = Choice(cache, "written by latent-egc encode, once")
     if found.num_unreadable:
-        choices["skip_corrupt"] = Choice(True, f"{found.num_unreadable:,} images cannot be read, and there may be more")
+        choices["skip_corrupt"] = Choice(True, f"cannot be read: {found.num_unreadable:,}; skipped and counted")
     elif found.num_looked_at < found.num_images:
         choices["skip_corrupt"] = Choice(True, "not all images were looked at; one that cannot be read is counted")
     return choices
