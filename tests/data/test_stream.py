@@ -1,5 +1,6 @@
 """The training stream: every sample is a function of (seed, number)."""
 
+import os
 from itertools import chain, product
 
 import numpy as np
@@ -19,6 +20,7 @@ from latent_egc.data.stream import (
     TimestepSampling,
     TrainingSamples,
     noise_generator,
+    num_loader_workers,
     random_stream,
     sample_draws,
     timestep_probabilities,
@@ -106,6 +108,24 @@ def test_uniform_timesteps_are_those_of_every_run_so_far(tmp_path):
     assert torch.equal(item["noise"], draws[5]["noise"])
     assert item["timesteps"] == 379
     assert not item.keys() & {"timestep_weights", "clean_erasing", "clean_mixing"}
+
+
+def test_without_a_posterior_its_noise_is_not_drawn_and_the_rest_is_the_same_to_the_bit():
+    drawn, expected = (sample_draws(3, 7, (2, 4, 4), 1000, 0.5, posterior) for posterior in (False, True))
+    assert expected.keys() - drawn.keys() == {"posterior_noise", "clean_posterior_noise"}
+    assert all(torch.equal(value, expected[key]) for key, value in drawn.items())
+
+
+def test_automatic_workers(monkeypatch):
+    """None where nothing is decoded; each process on a machine has its share of processors, less one of its own."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    photos = DataConfig("imagefolder", data_dir="photos")
+    assert num_loader_workers(photos, reads_images=True) == 4
+    assert num_loader_workers(photos, reads_images=False) == num_loader_workers(DataConfig(), reads_images=True) == 0
+    assert num_loader_workers(DataConfig(num_workers=3), reads_images=False) == 3
+    for processes, workers in (("2", 3), ("4", 1), ("8", 0), ("9", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert num_loader_workers(photos, reads_images=True) == workers
 
 
 def test_draws_are_standard_normal_uniform_and_uncorrelated():
