@@ -49,14 +49,10 @@ from latent_egc.training.sharding import averaged_weights, copy_without_weights,
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
-SHARDS_OTHERWISE = (
-    "it takes parameters apart layer by layer, also between the energy's input gradient, a backward pass inside the "
-    "forward, and the backward pass of both"
-)
 # How Accelerate can launch what this loop cannot run -> why.
 REFUSED_LAUNCHES = {
-    DistributedType.FSDP: SHARDS_OTHERWISE,
-    DistributedType.MEGATRON_LM: SHARDS_OTHERWISE,
+    DistributedType.FSDP: "its averaged weights come back wrong, and it casts the noise, which is the target, to bf16",
+    DistributedType.MEGATRON_LM: "it trains networks that are made of its own layers",
     DistributedType.DEEPSPEED: (
         "its engine steps the optimiser inside the backward pass, before a loss that is not finite can be caught"
     ),
