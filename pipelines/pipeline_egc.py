@@ -97,8 +97,8 @@ class EGCPipeline(SelfContainedPipeline):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class id -> name."""
-        return {int(i): name for i, name in self.config.id2label.items()}
+        """Class id -> name, by id: JSON keeps 10 before 2."""
+        return dict(sorted((int(i), name) for i, name in self.config.id2label.items()))
 
     @property
     def vae_scale_factor(self) -> int:

@@ -1,4 +1,6 @@
-"""The gradients of two steps in a row: called by test_sharding.py, and started by it on two processes with OUT.
+"""The gradients of two steps in a row: called by test_sharding.py, and started by it on two processes, with OUT RUN...
+
+A run is BACKBONE-MODE. In mode "stale" the weights that were gathered for the first step stay.
 
 The second step's gradients are those of other weights than the first's, so that stale weights are found.
 """
@@ -8,15 +10,12 @@ import warnings
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny import TINY_BACKBONES
 
 from latent_egc import EGCObjective
 from latent_egc.objective import CompiledForward
 from latent_egc.training.sharding import shard_parameters, whole
-
-# Backbone and how its objective runs, sharded.
-RUNS = [("unet", "plain"), ("unet", "recomputed"), ("unet", "stale"), ("transformer", "plain")]
-RUNS += [("transformer", "compiled")]
 
 
 def gradients_of_two_steps(backbone: str, mode: str, accelerator: Accelerator | None = None) -> torch.Tensor:
@@ -34,7 +33,7 @@ def gradients_of_two_steps(backbone: str, mode: str, accelerator: Accelerator | 
         if mode == "compiled":
             objective.forward = CompiledForward(objective, backend="aot_eager")
         objective = shard_parameters(objective, accelerator)
-        if mode == "stale":  # the weights gathered for the first step stay
+        if mode == "stale":
             objective.set_reshard_after_backward(False)
     optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
     generator = torch.Generator().manual_seed(0)
@@ -59,9 +58,12 @@ def gradients_of_two_steps(backbone: str, mode: str, accelerator: Accelerator | 
 
 if __name__ == "__main__":
     warnings.filterwarnings("error", message="training.compile")
-    accelerator = Accelerator()
-    assert accelerator.num_processes == 2
-    found = {run: gradients_of_two_steps(*run, accelerator) for run in RUNS}
+    found = {}
+    for run in sys.argv[2:]:
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(mixed_precision="bf16" if run.endswith("bf16") else "no")
+        assert accelerator.num_processes == 2
+        found[run] = gradients_of_two_steps(*run.split("-"), accelerator)
     if accelerator.is_main_process:
-        torch.save({" ".join(run): gradients for run, gradients in found.items()}, sys.argv[1])
+        torch.save(found, sys.argv[1])
     accelerator.end_training()

@@ -24,7 +24,7 @@ from torch import nn
 from latent_egc.atomic import CheckpointError, remove, replace_folder, replace_text
 from latent_egc.objective import EGCObjective
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.training.sharding import load_whole_optimizer, load_whole_weights, whole_state
+from latent_egc.training.sharding import averaged_weights, load_whole_optimizer, load_whole_weights, whole_state
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,13 @@ def save_checkpoint(
     accelerator: Accelerator,
     objective: nn.Module,
     optimizer: AcceleratedOptimizer,
+    average: EMAModel,
     pipeline: EGCPipeline,
     keep: int,
 ) -> None:
     """Writes a checkpoint and deletes those that are no longer kept; for every process to call.
 
-    `pipeline` has the averaged weights. What is written is whole, so that any number of processes goes on from it.
+    The pipeline is written with the average of the weights. All is whole: any number of processes goes on from it.
     Raises CheckpointError where writing failed; the earlier checkpoints are as they were.
     """
     weights, optimizer_state = whole_state(accelerator.unwrap_model(objective), optimizer.optimizer, accelerator)
@@ -137,9 +138,10 @@ def save_checkpoint(
         pipeline.save_pretrained(unfinished / "pipeline")
         write_record(unfinished, record)
 
-    if accelerator.is_main_process:
-        replace_folder(run / "checkpoints" / f"step-{record.global_step:08d}", write)
-        prune_checkpoints(run, keep)
+    with averaged_weights(pipeline.energy_model, average):
+        if accelerator.is_main_process:
+            replace_folder(run / "checkpoints" / f"step-{record.global_step:08d}", write)
+            prune_checkpoints(run, keep)
     accelerator.wait_for_everyone()
 
 

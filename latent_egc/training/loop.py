@@ -50,14 +50,10 @@ from latent_egc.training.step import LateNumbers, take_step
 from latent_egc.training.validation import validate, validation_latents
 from latent_egc.training.warm_start import load_initial_weights
 
-SHARDS_OTHERWISE = (
-    "it takes parameters apart layer by layer, also between the energy's input gradient, a backward pass inside the "
-    "forward, and the backward pass of both"
-)
 # How Accelerate can launch what this loop cannot run -> why.
 REFUSED_LAUNCHES = {
-    DistributedType.FSDP: SHARDS_OTHERWISE,
-    DistributedType.MEGATRON_LM: SHARDS_OTHERWISE,
+    DistributedType.FSDP: "its averaged weights come back wrong, and it casts the noise, which is the target, to bf16",
+    DistributedType.MEGATRON_LM: "it trains networks that are made of its own layers",
     DistributedType.DEEPSPEED: (
         "its engine steps the optimiser inside the backward pass, before a loss that is not finite can be caught"
     ),
@@ -95,12 +91,11 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     if training.checks_gradients:
         inputs, _ = next(micro_batches(config, data.train, vae, 0, accelerator))
         gradient_error = check_gradients(objective, inputs, accelerator)
-    averaged = copy_without_weights(model)  # to validate, to draw from and to save
+    pipeline = build_pipeline(copy_without_weights(model), vae, data.class_names, config.sampling.guidance_scale)
     objective, optimizer, average = prepare(objective, training, accelerator)
 
     # Nothing is written, and no earlier run is touched, before everything above has been found usable.
     lock = prepare_run_folder(config, vae, accelerator)
-    pipeline = build_pipeline(averaged, vae, data.class_names, config.sampling.guidance_scale)
     validation = validation_latents(data.validation, vae, training.num_validation_images, shape, accelerator)
     step = load_checkpoint(folder, accelerator.unwrap_model(objective), optimizer, average)
     metrics = MetricsLog(folder / "metrics.jsonl", step, accelerator)
@@ -138,30 +133,27 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
             score = None
             # A checkpoint is always validated, so that the best one is known; but not when there is no time left.
             if (checkpoint_due or validation_due) and not stopped:
-                with averaged_weights(averaged, average):
-                    found = validate(averaged, *validation, accelerator, training.train_batch_size)
+                with averaged_weights(pipeline.energy_model, average):
+                    found = validate(pipeline.energy_model, *validation, accelerator, training.train_batch_size)
                 metrics.add(step, found)
                 accelerator.print(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 score = found.get("validation_accuracy", -found["validation_denoising_loss"])
             if samples_due and not stopped:
                 draw = partial(save_samples, pipeline, config.sampling, step)
-                with averaged_weights(averaged, average):
+                with averaged_weights(pipeline.energy_model, average):
                     if accelerator.is_main_process:
                         replace_file(folder / "samples" / f"step-{step:08d}.png", draw)
                 accelerator.wait_for_everyone()
             if checkpoint_due or stopped:
-                record = CheckpointRecord(step, score)
-                with averaged_weights(averaged, average):
-                    parts = (objective, optimizer, pipeline)
-                    save_checkpoint(folder, record, accelerator, *parts, training.keep_checkpoints)
+                parts = (accelerator, objective, optimizer, average, pipeline)
+                save_checkpoint(folder, CheckpointRecord(step, score), *parts, training.keep_checkpoints)
             if stopped:
                 accelerator.print(f"stopped at step {step}, checkpoint saved; training.resume=auto goes on from here")
                 return folder
-        with averaged_weights(averaged, average):
+        with averaged_weights(pipeline.energy_model, average):
             if accelerator.is_main_process:
                 replace_folder(folder / "pipeline", pipeline.save_pretrained)
-        if accelerator.is_main_process:
-            replace_file(folder / "curves.png", partial(save_curves, read_metrics(metrics.path)))
+                replace_file(folder / "curves.png", partial(save_curves, read_metrics(metrics.path)))
         accelerator.wait_for_everyone()
     return folder
 
