@@ -146,6 +146,15 @@ def test_noise_and_timesteps_are_drawn_where_not_given():
     assert first.denoising_loss != second.denoising_loss
 
 
+def test_drawn_timesteps_are_all_there_are(monkeypatch):
+    model, drawn = tiny_unet(num_train_timesteps=3), []
+    network = model.network
+    monkeypatch.setattr(model, "network", lambda z, t, y: drawn.append(t) or network(z, t, y))
+    latents, labels = torch.randn(100, 2, 4, 4), torch.full((100,), -1)
+    EGCObjective(model)(latents, labels, latents)
+    assert set(drawn[0].tolist()) == {0, 1, 2}
+
+
 def test_optimal_energy_of_gaussian_data_reaches_the_known_loss():
     """z_0 ~ N(0, I): the best epsilon is sigma z, whose expected squared error is alpha^2."""
     model = tiny_unet(randomise=False)

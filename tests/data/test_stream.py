@@ -142,6 +142,7 @@ def test_draws_are_standard_normal_uniform_and_uncorrelated():
     counts = torch.bincount(timesteps // 100, minlength=10)
     assert ((counts - 400).abs() < 80).all()  # four standard deviations
     assert abs(torch.stack([row["label_dropped"] for row in rows]).float().mean() - 0.1) < 0.02
+    assert {int(sample_draws(0, sample, (2, 4, 4), 3, 0.1)["timesteps"]) for sample in range(100)} == {0, 1, 2}
 
 
 def test_workers_give_what_the_main_process_gives(tmp_path):
@@ -156,14 +157,14 @@ def test_workers_give_what_the_main_process_gives(tmp_path):
         assert all(torch.equal(batch[key], other[key]) for key in batch)
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(1.0, 10), (0.5, 5), (0.1, 1), (0.3, 3)])
-def test_the_clean_branch_sees_as_many_samples_in_every_micro_batch(tmp_path, fraction, count):
-    """And the samples themselves do not depend on how many processes share the stream."""
+@pytest.mark.parametrize(("fraction", "size", "count"), [(1.0, 1, 1), (0.5, 2, 1), (0.1, 10, 1), (0.3, 10, 3)])
+def test_the_clean_branch_sees_as_many_samples_in_every_micro_batch(tmp_path, fraction, size, count):
+    """Of any size that the fraction allows, the smallest too, whichever process takes it."""
     config = write_folder(tmp_path / "images")
     views = PixelViews(load_splits(config, 2).train, config, seed=1)
     samples = TrainingSamples(views, 1, (2, 4, 4), 1000, 0.1, fraction)
     seen = [item["in_clean_branch"] for item in samples.__getitems__(list(range(40)))]
-    assert torch.stack(seen).view(4, 10).sum(dim=1).tolist() == [count] * 4
+    assert torch.stack(seen).view(-1, size).sum(dim=1).tolist() == [count] * (40 // size)
 
 
 ALPHAS_CUMPROD = noise_schedule(1000, 1e-4, 0.02, "linear", torch.float64).numpy()

@@ -86,6 +86,15 @@ def test_small_images_are_enlarged():
     assert central_view(gradient_image(5, 3), 16).shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("size", [(120, 90), (90, 120)])
+def test_random_resized_crops_come_from_everywhere(size):
+    config = DataConfig(image_size=32, random_resized_crop=(0.2, 0.3))
+    views = [clean_view(gradient_image(*size), config, np.random.default_rng(number)) for number in range(60)]
+    for coordinate in (0, 1):
+        assert min(float(view[coordinate].min()) for view in views) < -0.9
+        assert max(float(view[coordinate].max()) for view in views) > 0.9
+
+
 @pytest.mark.parametrize("area", [(0.2, 0.3), (0.5, 1.0), (1.0, 1.0)])
 def test_random_resized_crop_keeps_size_area_and_aspect(area):
     config = DataConfig(image_size=32, random_resized_crop=area)
@@ -124,6 +133,10 @@ def test_horizontal_flip_mirrors_half_of_the_samples(tmp_path):
         views = PixelViews(table, config, seed=0)
         rows = [views[sample] for sample in range(200)]
         for key in ("view", "clean_view"):
-            assert low <= sum(bool(row[key][0, 0, 0] > row[key][0, 0, -1]) for row in rows) <= high
+            mirrored = [bool(row[key][0, 0, 0] > row[key][0, 0, -1]) for row in rows]
+            assert low <= sum(mirrored) <= high
+            for label in (0, 1):  # of every class, or the classifier could read its labels off the side
+                own = [m for m, row in zip(mirrored, rows, strict=True) if row["class_labels"] == label]
+                assert low * 0.35 <= sum(own) <= high * 0.65
         together = sum(torch.equal(row["view"], row["clean_view"]) for row in rows)
         assert together == 200 if not flip else 60 <= together <= 140  # the two views are mirrored independently

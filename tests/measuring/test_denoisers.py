@@ -13,20 +13,30 @@ from latent_egc.measuring.report import Report
 
 @pytest.mark.parametrize("backbone", TINY_BACKBONES)
 @pytest.mark.parametrize("class_embedding", [False, True])
-def test_hooks_read_what_the_network_calls(backbone, class_embedding):
-    """The last block's features are what the output layers receive, without a label or with the null one."""
+def test_hooks_read_what_the_network_calls_its_features(backbone, class_embedding, monkeypatch):
+    """Every block's, in the order of the forward pass, without a label or with the null one."""
     network = TINY_BACKBONES[backbone](in_channels=3, class_embedding=class_embedding)
     denoiser = Denoiser(network, None, network.alphas_cumprod)
-    latents, received = torch.randn(2, 3, 4, 4), []
+    latents, run_block, computed = torch.randn(2, 3, 4, 4), network.run_block, []
     found = denoiser.features(latents, 90)
     assert list(found) == list(denoiser.blocks)
-    network.norm_out.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
-    network(latents, 90)
-    network(latents, 90, torch.tensor([-1, -1]))
-    for last in received:
-        last = last[:2]  # with labels the rows are there twice, the second time with the null label
-        last = last.transpose(1, 2).unflatten(2, (2, 2)) if last.ndim == 3 else last
-        torch.testing.assert_close(found[list(found)[-1]], last)
+
+    def recording(block, *inputs):
+        computed.append(run_block(block, *inputs))
+        return computed[-1]
+
+    monkeypatch.setattr(network, "run_block", recording)
+    network.norm_out.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0]))
+    entrance = network.conv_in if backbone == "unet" else network.patch_embedding
+    for labels in (None, torch.tensor([-1, -1])):
+        computed[:] = [entrance(latents)]
+        network(latents, 90, labels)
+        *blocks, seen_by_the_output = computed
+        for maps, expected in zip(found.values(), blocks, strict=True):
+            expected = expected[:2]  # with labels the rows are there twice, the second time with the null label
+            is_tokens = expected.ndim == 3
+            torch.testing.assert_close(maps, expected.mT.unflatten(2, (2, 2)) if is_tokens else expected)
+        torch.testing.assert_close(seen_by_the_output, blocks[-1])
 
 
 def test_features_are_named_maps():

@@ -46,6 +46,17 @@ def test_ids_names_and_tensors_mean_the_same():
     assert torch.equal(sample(pipeline, 1), sample(pipeline, "dog"))
 
 
+def test_ids_and_names_of_more_than_ten_classes(tmp_path):
+    """As strings, which a saved configuration has, 10 stands before 2."""
+    names = tuple("abcdefghijkl")
+    tiny_pipeline(names=names, num_classes=12).save_pretrained(tmp_path)
+    pipeline = EGCPipeline.from_pretrained(tmp_path)
+    assert pipeline.id2label == dict(enumerate(names))
+    assert pipeline.label_ids(["c", "k", 11]).tolist() == [2, 10, 11]
+    output = pipeline.classify(gradient_image(), top_k=12)
+    assert output.labels == [[names[i] for i in output.logits[0].argsort(descending=True)]]
+
+
 def test_images_come_label_by_label():
     pipeline = tiny_pipeline()
     images = sample(pipeline, ["cat", "dog"], num_images_per_label=2, generator=[generator(i) for i in range(4)])

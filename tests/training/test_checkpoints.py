@@ -109,6 +109,13 @@ def test_resuming_with_another_model_or_a_damaged_checkpoint(tmp_path):
         train(run_config(folder, max_steps=2, resume="auto", seed=5))
 
 
+def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path, capsys):
+    folder = train(run_config(tmp_path / "run", max_steps=2, checkpoint_every=1, keep_checkpoints=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run_config(folder, max_steps=2, resume="auto"))
+    assert "resumed at step 2\n" in capsys.readouterr().out
+
+
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
     for step, score in ((1, 0.9), (2, 0.9), (3, 0.5), (4, None), (5, 0.6)):
         scored_checkpoint(tmp_path, step, score)

@@ -15,9 +15,10 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, tiny_kl, write_images
+from tiny import ROOT, tiny_kl, tiny_unet, write_images
 from tiny_runs import evaluations, finish, losses, run_config, run_values, start, wait_for_step
 from torch.utils.data import default_collate
 
@@ -37,6 +38,7 @@ from latent_egc.training.checkpoints import (
 )
 from latent_egc.training.figures import save_samples
 from latent_egc.training.loop import learning_rate_at, objective_inputs, train
+from latent_egc.training.sharding import averaged_weights, copy_without_weights
 from latent_egc.training.step import NonFiniteLossError
 
 
@@ -255,6 +257,25 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
     assert losses(tmp_path / "large")[1] == pytest.approx(losses(tmp_path / "small")[1], rel=1e-5)
 
 
+def test_a_step_is_adamws_with_the_clipped_gradient(tmp_path):
+    """By hand, from the states of consecutive checkpoints: the step's own learning rate, the betas, the decay."""
+    settings = {"adam_betas": [0.8, 0.95], "weight_decay": 0.1, "max_grad_norm": 0.01, "learning_rate": 1e-2}
+    folder = train(run_config(tmp_path / "run", checkpoint_every=1, keep_checkpoints=4, **settings))
+    names = dict(EGCPipeline.from_pretrained(folder / "pipeline").energy_model.named_parameters())
+    checkpoints = [path / "state" for path in checkpoint_folders(folder)]
+    weights = [load_file(path / "model.safetensors") for path in checkpoints]
+    states = [torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in checkpoints]
+    first = torch.cat([entry["exp_avg"].flatten() for entry in states[0].values()]) / (1 - 0.8)
+    assert losses(folder)[1][3] > first.norm()  # what is logged is the norm before it was clipped
+    assert first.norm() == pytest.approx(0.01, rel=1e-3)
+    for step, rate in ((2, 1e-2), (3, 1e-2), (4, 5e-3)):  # the end of the warm-up, the cosine's start and its middle
+        for number, name in enumerate(names):
+            before, after = (weights[i][f"energy_model.{name}"] for i in (step - 2, step - 1))
+            entry = states[step - 1][number]
+            mean, square = entry["exp_avg"] / (1 - 0.8**step), entry["exp_avg_sq"] / (1 - 0.95**step)
+            torch.testing.assert_close(after, (1 - 0.1 * rate) * before - rate * mean / (square.sqrt() + 1e-8))
+
+
 def test_the_cheapest_step_trains_alike_in_one_batch_and_in_several(tmp_path):
     """A class embedding, the noisy cross entropy off dropped rows, half of the clean rows: 7.5 units."""
     settings = {"max_steps": 2, "warmup_steps": 0}
@@ -293,6 +314,19 @@ def test_pipelines_and_grids_have_the_averaged_weights_and_the_validation_accura
     accuracy = float((output.logits.argmax(dim=1) == torch.from_numpy(table.labels[:40])).float().mean())
     assert evaluations(folder)[-1]["validation_accuracy"] == pytest.approx(accuracy)
     assert read_record(folder / "checkpoints/step-00000004").score == pytest.approx(accuracy)
+
+
+def test_averaged_weights_are_on_loan():
+    model = tiny_unet().train()
+    average, raw = EMAModel(model.parameters()), [parameter.clone() for parameter in model.parameters()]
+    average.shadow_params = [torch.zeros_like(parameter) for parameter in raw]
+    network = copy_without_weights(model)
+    with averaged_weights(network, average):
+        assert not network.training
+        assert all(parameter.numel() and not parameter.any() for parameter in network.parameters())
+        assert model.training, "or activations would be kept, not recomputed, from the first validation on"
+    assert not any(parameter.numel() for parameter in network.parameters())
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), raw, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ def test_calibration_equals_scikit_learn_and_arithmetic(evaluation_context, logi
     logits, labels = logits_and_labels
     context.logits, context.labels = torch.from_numpy(logits), labels
     result = measure(calibration, context)
-    judged = np.random.default_rng(0).permutation(500)[250:]
+    fitted, judged = np.split(np.random.default_rng(0).permutation(500), 2)
     temperature = result.metrics["temperature"].value
+    assert temperature == fit_temperature(logits[fitted], labels[fitted])
     for variant, scale in (("as trained", 1), ("temperature scaled", temperature)):
         p, y = scipy.special.softmax(logits[judged] / scale, axis=1), labels[judged]
         confidence, correct = p.max(1), p.argmax(1) == y
