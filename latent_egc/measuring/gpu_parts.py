@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from latent_egc.config import Config, parse_config
-from latent_egc.data.latent_cache import encode
+from latent_egc.data.encoding import encode
 from latent_egc.measuring import benchmark_steps as steps
 from latent_egc.measuring.benchmark import embedding_pairs, published_pairs, sampling_pairs, training_pairs
 from latent_egc.measuring.benchmark_steps import Workload, make_workload

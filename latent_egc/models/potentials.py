@@ -140,9 +140,13 @@ def input_gradient(
         # Rows do not see each other, so the gradient of the sum is every row's own gradient.
         return values.sum(), [output.to_tuple() for output in outputs]
 
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        # The one form that compiles, and that inference mode does not switch off.
+    if torch.compiler.is_compiling():  # the one form that compiles
         epsilon, outputs = torch.func.grad(total, has_aux=True)(noisy_latents)
+        return epsilon, [EnergyOutput(*output) for output in outputs]
+    if torch.is_inference_mode_enabled():
+        # And the one that takes inference tensors; inside that mode torch 2.11 gives zeros, in silence.
+        with torch.inference_mode(False), torch.no_grad():
+            epsilon, outputs = torch.func.grad(total, has_aux=True)(noisy_latents)
         return epsilon, [EnergyOutput(*output) for output in outputs]
     # Elsewhere autograd: the same gradient, without the graph of the gradient where nobody will ask for it.
     with torch.enable_grad():

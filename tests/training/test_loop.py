@@ -483,7 +483,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_run_goes_on(tmp_path):
 
 
 def test_compile_and_checkpointing_exclude_each_other(tmp_path):
-    with pytest.raises(ConfigError, match="recomputation belongs to autograd"):
+    with pytest.raises(ConfigError, match="exclude each other"):
         run_config(tmp_path, compile=True, activation_checkpointing=True)
 
 
