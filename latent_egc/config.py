@@ -81,8 +81,8 @@ class DataConfig:
 class ObjectiveConfig:
     """The loss."""
 
-    classification_weight: float = within(0.005, 0.0)  # the paper's gamma
-    label_smoothing: float = within(0.0, 0.0, 0.99)
+    classification_weight: float = within(0.2, 0.0)  # the paper's gamma, 0.005 for ImageNet
+    label_smoothing: float = within(0.1, 0.0, 0.99)
     label_drop: float = within(0.1, 0.0, 1.0)  # share of labels hidden from the class embedding, if there is one
     # With a class embedding: the noisy cross entropy of all rows, or of those whose label is dropped, which is cheaper.
     noisy_classification: Literal["all", "dropped"] = "all"
@@ -101,9 +101,9 @@ class TrainingConfig:
     max_steps: int = within(1000, 1)
     train_batch_size: int = within(64, 1)  # per device and micro-batch
     gradient_accumulation_steps: int | None = within(None, 1)  # null: what the launcher says, else 1
-    learning_rate: float = within(1e-4, 0.0)
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = within(0, 0)
+    learning_rate: float = within(6e-4, 0.0)
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = within(50, 0)
     adam_betas: tuple[float, float] = within((0.9, 0.999), 0.0, 1.0)
     weight_decay: float = within(0.0, 0.0)
     max_grad_norm: float | None = within(1.0, 0.0)  # null: no clipping

@@ -41,7 +41,7 @@ def test_defaults_need_only_a_model():
     assert model["backbone"] == "unet"
     assert config.data.dataset == "digits"
     assert config.autoencoder.path == "digits_vae"
-    assert config.objective.classification_weight == 0.005
+    assert config.objective.classification_weight == 0.2
     assert model["num_train_timesteps"] == 1000
 
 
