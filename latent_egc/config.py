@@ -90,7 +90,8 @@ class ObjectiveConfig:
     snr_gamma: float | None = within(None, 1e-3)  # Min-SNR weights of the denoising loss, 5 as published; null: none
     # Timesteps by a normal distribution (mean, std) of log(sigma_t / alpha_t); null: uniform.
     timestep_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)
-    classification_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)  # the noisy cross entropy's own
+    # Likewise of the levels over which the noisy cross entropy is a mean, by weights; null: those that are drawn.
+    classification_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)
     low_discrepancy_timesteps: bool = False  # spread evenly over any successive samples, not drawn independently
 
 

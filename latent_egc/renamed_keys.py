@@ -14,7 +14,7 @@ RENAMED = {
 NEW_VALUES = {("training.shard_optimizer", "True"): "optimizer", ("training.shard_optimizer", "False"): "none"}
 
 
-def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_new_names(values: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
     """Keys under their names of today; of two names of one key the later stands. One warning for all old names."""
     renamed, old = dict(values), []
     for section in {key.split(".")[0] for key in RENAMED}:
@@ -22,7 +22,7 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]
             named = [(key, f"{section}.{key}", value) for key, value in values[section].items()]
             renamed[section] = {RENAMED.get(n, key): NEW_VALUES.get((n, str(v)), v) for key, n, v in named}
-    if old:
+    if old and warn:
         names = ", ".join(f"{name} is now {name.split('.')[0]}.{RENAMED[name]}" for name in sorted(old))
         warnings.warn(f"renamed keys in the configuration: {names}", stacklevel=4)
     return renamed

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The images, and what the user chooses."""
     parser.add_argument("data", help="a folder of images, a .parquet file, pattern or folder, or a Hub dataset's id")
     parser.add_argument("--image-size", type=positive_integer, default=None, help="pixels; default: by the images")
+    parser.add_argument("--label-column", default=None, help="of the classes; default: found by its type or name")
     parser.add_argument(
         "--autoencoder",
         default=None,
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
             autoencoder = "madebyollin/taesd" if device == "cpu" else "stabilityai/sd-vae-ft-mse"
         elif autoencoder == "null":
             autoencoder = None
-        found = inspect_images(options.data)
+        found = inspect_images(options.data, options.label_column)
         try:
             vae = load_autoencoder(AutoencoderConfig(path=autoencoder), device)
         except ConfigError as error:
@@ -95,6 +96,8 @@ def _summary(
     else:
         classes = f"One class only, {named}" if present else "No classes"
         lines += [f"{classes}: the model is unlabelled, it only samples."]
+        if found.why_unlabelled:
+            lines += [f"{found.why_unlabelled}; --label-column names it."]
     shorter, longer = found.sizes.min(axis=1), found.sizes.max(axis=1)
     lines += [f"Sizes: {shorter.min()} to {longer.max()} px, shorter sides {int(shorter.mean())} px in the mean."]
     lines += [f"{found.num_looked_at:,} images looked at, {found.num_unreadable:,} of them cannot be read."]

@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*names, type=positive_integer, default=8, metavar="NUMBER", help="images a class (default 8)")
     parser.add_argument("--steps", type=positive_integer, default=50, help="solver steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
+    shares = {"nargs": 2, "type": float, "default": (0.0, 1.0), "metavar": ("START", "STOP")}
+    parser.add_argument("--guidance-interval", **shares, help="shares of the noise levels guided in (default 0 1)")
     parser.add_argument("--seed", type=seed, default=0, help="of the starting noise (default 0)")
     add_device_argument(parser)
 
@@ -43,9 +45,9 @@ def run(options: argparse.Namespace) -> None:
     if options.classes or (names and not options.unlabelled):
         wanted = [int(c) if c.isdigit() and c not in names.values() else c for c in options.classes or []]
         class_ids = pipeline.label_ids(wanted or list(names)[:10]).tolist()
-    images = sample_rows(
-        pipeline, class_ids, options.num_images_per_label, options.steps, options.guidance_scale, seed=options.seed
-    )
+    guidance = {"guidance_scale": options.guidance_scale, "guidance_interval": tuple(options.guidance_interval)}
+    sizes = options.num_images_per_label, options.steps
+    images = sample_rows(pipeline, class_ids, *sizes, seed=options.seed, **guidance)
     row_names = None if class_ids is None else [names[i] for i in class_ids]
     options.output.mkdir(parents=True, exist_ok=True)
     save_grid(images, options.output / "grid.png", row_names)

@@ -116,6 +116,17 @@ def encode(
         if num_skipped:
             warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
         if data.streaming:
+            missing = [
+                f"{stream.name} {piece}"
+                for stream in tables
+                for piece in range(stream.num_pieces)
+                if not _whole_shards(folder / stream.name, stream, piece, checksums=True)[1]
+            ]
+            if missing:
+                raise ConfigError(
+                    f"data.latent_cache={str(folder)!r} lacks pieces that other processes wrote, "
+                    f"{', '.join(missing)}: all must write into one folder that each of them sees"
+                )
             record["num_shards"] = {
                 stream.name: [len(_stream_shards(folder / stream.name, piece)) for piece in range(stream.num_pieces)]
                 for stream in tables

@@ -30,6 +30,7 @@ class Inspection:
         num_unlabelled: how many of them have no label.
         sizes: (images, 2), width and height of those that were looked at and can be read.
         num_unreadable: how many of those looked at cannot be read.
+        why_unlabelled: what was looked for in vain, where no column is obviously the labels'.
     """
 
     source: dict[str, str]
@@ -39,6 +40,7 @@ class Inspection:
     num_unlabelled: int
     sizes: np.ndarray
     num_unreadable: int
+    why_unlabelled: str | None = None
 
     @property
     def num_images(self) -> int:
@@ -51,11 +53,12 @@ class Inspection:
         return len(self.sizes) + self.num_unreadable
 
 
-def inspect_images(name: str) -> Inspection:
+def inspect_images(name: str, label_column: str | None = None) -> Inspection:
     """Looks at images: their labels all, at most `MAX_LOOKED_AT` of the images themselves, evenly spread.
 
     Args:
         name: a folder of images or parquet files, a parquet file or pattern, a Hub dataset's id, or "digits".
+        label_column: of the labels; None: found by its type or name.
 
     Raises:
         ConfigError: nothing there, no image in it, none that can be read, or labels that cannot be used.
@@ -66,10 +69,13 @@ def inspect_images(name: str) -> Inspection:
     source |= {} if train == "train" else {"train_split": train}
     validation = next((split for split in VALIDATION_NAMES if split in splits and split != train), None)
     source |= {} if validation is None else {"validation_split": validation}
+    source |= {} if label_column is None else {"label_column": label_column}
     config = DataConfig(**source)
+    why_unlabelled = None
     try:
-        found = load_splits(config, "any" if labelled else None)
-    except NoObviousColumnError:
+        found = load_splits(config, "any" if labelled or label_column else None)
+    except NoObviousColumnError as error:
+        why_unlabelled = str(error)
         found = load_splits(config, None)  # raises again where it is the images that are not found
     tables = (found.train, found.validation)
     labels = np.concatenate([table.labels for table in tables])
@@ -94,6 +100,7 @@ def inspect_images(name: str) -> Inspection:
         num_unlabelled=int((labels < 0).sum()),
         sizes=np.array(sizes),
         num_unreadable=len(unreadable),
+        why_unlabelled=why_unlabelled,
     )
 
 

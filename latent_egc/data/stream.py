@@ -6,7 +6,7 @@ of (seed, number). A resumed run and any number of processes therefore see the s
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -101,6 +101,7 @@ def sample_draws(
     num_timesteps: int,
     label_drop: float,
     posterior: bool = True,
+    clean: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The random quantities of one training sample, besides its views.
 
@@ -108,14 +109,15 @@ def sample_draws(
 
     Returns:
         timesteps () int64; label_dropped () bool; noise (C, h, w) float32; where latents are samples of a `posterior`,
-        posterior_noise and clean_posterior_noise like it, which are drawn last, so that the others do not depend on it.
+        posterior_noise like it, and for a sample of the `clean` branch clean_posterior_noise; these are drawn last, so
+        that the others do not depend on them.
     """
     rng = random_stream(seed, NOISE, sample)
     draws = {
         "timesteps": torch.tensor(rng.integers(num_timesteps)),
         "label_dropped": torch.tensor(rng.random() < label_drop),
     }
-    for name in ("noise", "posterior_noise", "clean_posterior_noise") if posterior else ("noise",):
+    for name in ("noise", "posterior_noise", "clean_posterior_noise")[: 1 + posterior * (1 + clean)]:
         draws[name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     return draws
 
@@ -142,7 +144,7 @@ class TimestepSampling:
     """Other timesteps than independent uniform ones, and what they weigh in the noisy cross entropy.
 
     Args:
-        config: `timestep_log_normal` p, `classification_log_normal` q, `low_discrepancy_timesteps`.
+        config: `timestep_log_normal` p, `classification_log_normal` q (None: p), `low_discrepancy_timesteps`.
         alphas_cumprod: (T,) abar_t.
         seed: the run's.
     """
@@ -152,7 +154,7 @@ class TimestepSampling:
         wanted = timestep_probabilities(alphas_cumprod, config.classification_log_normal)
         self.cumulative = np.cumsum(drawn)
         self.weights = None
-        if config.classification_log_normal != config.timestep_log_normal:
+        if config.classification_log_normal not in (None, config.timestep_log_normal):
             self.weights = np.divide(wanted, drawn, out=np.zeros_like(wanted), where=drawn > 0).astype(np.float32)
         self.seed, self.offset = seed, None
         if config.low_discrepancy_timesteps:
@@ -190,19 +192,26 @@ def clean_share(clean_fraction: float) -> Fraction:
     return Fraction(clean_fraction).limit_denominator(1000)
 
 
+def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows stacked, key by key, of the items that have the key: those of the clean branch may be fewer."""
+    keys = dict.fromkeys(key for item in items for key in item)
+    return {key: torch.stack([item[key] for item in items if key in item]) for key in keys}
+
+
 class TrainingSamples(Dataset):
-    """The training stream: `Views` of the train split, joined with `sample_draws`, and `in_clean_branch` ().
+    """The training stream: `Views` of the train split, joined with `sample_draws`; for `collate`.
 
     The clean branch sees the share `clean_fraction` of the samples, spread evenly by their numbers: as many in each of
     the consecutive blocks that are a process's micro-batches. Of these the first and the second are a pair, and so on,
-    which has one mask.
+    which has one mask. Only these samples have the keys that begin with "clean_", clean_labels () among them.
 
     Args:
         views: of the train split.
         seed: the run's.
         shape: (C, h, w) of the latents.
         num_timesteps: T.
-        label_drop, clean_fraction: the objective's.
+        label_drop, clean_fraction: the objective's; without classes no sample is in the clean branch, 0.
+        posterior: whether latents are samples of the autoencoder's posterior.
         timesteps: what draws other timesteps, None leaves those of `sample_draws`.
         augmentation: what is done to clean latents; adds clean_erasing (h, w) and clean_mixing (h, w), where it is.
     """
@@ -231,10 +240,14 @@ class TrainingSamples(Dataset):
         for view, sample in zip(self.views.__getitems__(samples), samples, strict=True):
             clean_row = math.floor(sample * self.clean_share)  # its number among those that the clean branch sees
             seen = math.floor((sample + 1) * self.clean_share) > clean_row
-            item = {**view, **sample_draws(seed, sample, *rest), "in_clean_branch": torch.tensor(seen)}
+            item = {**view, **sample_draws(seed, sample, *rest, clean=seen)}
             if self.timesteps is not None:
                 item |= self.timesteps.draws(sample, int(item["timesteps"]))
-            items.append(item | self._masks(sample, clean_row // 2))
+            clean_view = item.pop("clean_view")
+            if seen:
+                item |= {"clean_view": clean_view, "clean_labels": item["class_labels"]}
+                item |= self._masks(sample, clean_row // 2)
+            items.append(item)
         return items
 
     def _masks(self, sample: int, pair: int) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ def encoding_note(config: Config, vae: ModelMixin, batch_size: int, seconds_alon
         rate = _rate(counts, workers, vae.device)
     limit = batch_size / seconds_alone
     return (
-        f"encoding, from photographs, {workers} workers: {rate:.1f} images a second, {rate / limit:.2f} of the "
+        f"encoding, from photographs, {workers} workers: {rate:.1f} views a second, {rate / limit:.2f} of the "
         f"autoencoder's own {limit:.1f}"
     )
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_egc.atomic import replace_text
-from latent_egc.measuring.gpu_tables import render
+from latent_egc.measuring.gpu_tables import render, wrong_gradients
 
 # Functions of gpu_parts.py -> the most seconds each may take. What needs the compiler comes last.
 PARTS = {
@@ -135,7 +135,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """The command. Ends with status 1 where a gradient is wrong, or a part did not come to its end."""
     parser = argparse.ArgumentParser(prog="python -m latent_egc.measuring.gpu_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, default=Path("gpu_check.json"), help="file of the results (%(default)s)")
@@ -158,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = {name: (partial(rows_of_part, name, options.device, options.tiny), PARTS[name]) for name in options.parts}
     result["parts"] = run_parts(parts, options.minutes, write)
     print(render(result))
+    if wrong_gradients(result) or any("failure" in part for part in result["parts"].values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

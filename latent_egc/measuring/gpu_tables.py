@@ -5,6 +5,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+ALLOWED_ERRORS = {"float32": 1e-3, "bf16": 0.1}  # of gradients, as at the start of training
+
 
 def render(result: dict[str, Any]) -> str:
     """The machine in a line, a table for each part that was measured, and what was not.
@@ -30,12 +32,24 @@ def render(result: dict[str, Any]) -> str:
         measured = [row for row in rows if "failure" not in row]
         if measured:
             blocks += [f"{title}:", _table(table_of(measured))]
+    if wrong := wrong_gradients(result):
+        blocks += ["WRONG, gradients outside their limits:", "\n".join(f"- {row}" for row in wrong)]
     failures = [_failure(name, row) for name in parts for row in _rows(parts, name) if "failure" in row]
     failures += [_side_failure(name, side) for name in parts for side in _failed_sides(_rows(parts, name))]
     failures += [f"{name}: {part['failure']}" for name, part in parts.items() if "failure" in part]
     if failures:
         blocks += ["Not measured:", "\n".join(f"- {failure}" for failure in dict.fromkeys(failures))]
     return "\n\n".join(blocks)
+
+
+def wrong_gradients(result: dict[str, Any]) -> list[str]:
+    """A line for each gradient whose error is above `ALLOWED_ERRORS`, or not a number."""
+    rows = [(name, row) for name in ("parity", "compiled_parity", "sharding") for row in _rows(result["parts"], name)]
+    return [
+        f"{name}, {', '.join(f'{key} {value}' for key, value in row.items() if key != 'seconds')}"
+        for name, row in rows
+        if "error" in row and not row["error"] <= ALLOWED_ERRORS[row["precision"]]
+    ]
 
 
 def _rows(parts: dict[str, Any], name: str) -> list[Row]:
@@ -108,7 +122,7 @@ def _sharding(rows: list[Row]) -> list[Sequence[str]]:
 
 
 def _training(rows: list[Row]) -> list[Sequence[str]]:
-    lines = [("steps", "compiled", "first loss", "last loss", "gradient error", "accuracy")]
+    lines = [("steps", "compiled", "first logged loss", "last loss", "gradient error", "accuracy")]
     for row in rows:
         compiled = "yes" if row["compiled"] else "no"
         losses = (f"{row['losses'][position]:.3f}" for position in (0, -1))

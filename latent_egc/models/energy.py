@@ -31,11 +31,6 @@ from .weights import check_loaded
 NULL_LABEL = -1
 
 
-def _values_can_be_checked(tensor: torch.Tensor) -> bool:
-    """Compiled code cannot branch on values; other devices would be waited for, and their own kernels check indices."""
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
-
-
 def _repeated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
@@ -336,6 +331,14 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     # --- input checks -----------------------------------------------------------------------------------------------
 
+    def _values_can_be_checked(self, tensor: torch.Tensor) -> bool:
+        """Compiled code cannot branch on values, the meta device has none, and a training step must not wait for a GPU.
+
+        What training gives has been checked where it was read.
+        """
+        waits = tensor.device.type != "cpu" and self.training
+        return not (torch.compiler.is_compiling() or tensor.device.type == "meta" or waits)
+
     def _check_inputs(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Raises ValueError on what does not fit; returns `timesteps` as (N,) on the latents' device."""
         config = self.config
@@ -354,7 +357,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timesteps = timesteps.expand(num_rows)
         if timesteps.shape != (num_rows,):
             raise ValueError(f"timesteps must be a scalar or ({num_rows},), got shape {tuple(timesteps.shape)}")
-        if num_rows and _values_can_be_checked(timesteps):
+        if num_rows and self._values_can_be_checked(timesteps):
             low, high = (float(t) for t in timesteps.aminmax())
             if not 0 <= low <= high < config.num_train_timesteps:
                 raise ValueError(f"timesteps must be in [0, {config.num_train_timesteps}), got {low:g} to {high:g}")
@@ -365,7 +368,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_classes = self.config.num_classes
         if labels.shape != (num_rows,) or labels.dtype != torch.long:
             raise ValueError(f"{name} must be ({num_rows},) int64, got {tuple(labels.shape)} {labels.dtype}")
-        if num_rows and _values_can_be_checked(labels):
+        if num_rows and self._values_can_be_checked(labels):
             low, high = (int(label) for label in labels.aminmax())
             if low < lowest or high >= num_classes:
                 raise ValueError(f"{name} must be in [{lowest}, {num_classes}), got {low} to {high}")

@@ -83,6 +83,12 @@ def resolve(config: Config) -> Config:
     for key in ("timestep_log_normal", "classification_log_normal"):
         if (value := getattr(config.objective, key)) is not None and value[1] <= 0:
             raise ConfigError(f"objective.{key} must be (mean, std) with std > 0, got {list(value)}")
+    objective, embedded = config.objective, bool(config.model.get("class_embedding"))
+    if objective.noisy_classification == "dropped" and not (embedded and objective.label_drop > 0):
+        raise ConfigError(
+            "objective.noisy_classification=dropped reads the rows whose label is dropped: it needs "
+            f"model.class_embedding=true and objective.label_drop above 0, got {embedded} and {objective.label_drop}"
+        )
     rows = config.training.train_batch_size * clean_share(config.objective.clean_fraction)
     if rows.denominator != 1:
         raise ConfigError(

@@ -30,7 +30,7 @@ from latent_egc.atomic import replace_file, replace_folder
 from latent_egc.config import Config, ConfigError, TrainingConfig
 from latent_egc.data.autoencoders import has_posterior, latent_shape, latents_from_moments, load_autoencoder
 from latent_egc.data.mixing import augmented
-from latent_egc.data.stream import BatchSchedule, TrainingSamples, num_loader_workers, timestep_sampling
+from latent_egc.data.stream import BatchSchedule, TrainingSamples, collate, num_loader_workers, timestep_sampling
 from latent_egc.data.views import Views
 from latent_egc.models import EnergyModel
 from latent_egc.objective import CompiledForward, EGCObjective
@@ -215,7 +215,6 @@ def prepare(
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     average = EMAModel(model.parameters(), decay=training.ema_decay)
     average.to(accelerator.device)
-    accelerator.register_for_checkpointing(average)
     return objective, optimizer, average
 
 
@@ -236,7 +235,7 @@ def micro_batches(
     training, workers = config.training, num_loader_workers(config.data, config.data.latent_cache is None)
     num_timesteps, num_classes = config.model["num_train_timesteps"], config.model["num_classes"]
     shape = latent_shape(vae, config.data.image_size)
-    shares = config.objective.label_drop, config.objective.clean_fraction
+    shares = config.objective.label_drop, 0.0 if num_classes is None else config.objective.clean_fraction
     posterior = config.autoencoder.sample_posterior and has_posterior(vae)
     samples = TrainingSamples(
         views, training.seed, shape, num_timesteps, *shares, posterior, timestep_sampling(config), config.data
@@ -244,11 +243,8 @@ def micro_batches(
     sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
     schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
     options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals_to_the_loop}
-    options["pin_memory"] = accelerator.device.type == "cuda"
+    options |= {"collate_fn": collate, "pin_memory": accelerator.device.type == "cuda"}
     for batch in DataLoader(samples, batch_sampler=schedule, **options):
-        seen = batch.pop("in_clean_branch")  # chosen before anything waits for a device
-        batch |= {key: batch[key][seen] for key in batch if key.startswith("clean_")}
-        batch["clean_labels"] = batch["class_labels"][seen]
         batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
         inputs = objective_inputs(batch, views, vae, num_classes is not None)
         if num_classes is not None:

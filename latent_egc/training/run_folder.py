@@ -86,7 +86,7 @@ def _comparable(value: Any, section: str) -> Any:
 
 def _stored_sections(run: Path) -> dict[str, dict[str, Any]]:
     """What a run's config.yaml says. Raises ValueError, TypeError or KeyError where it is damaged."""
-    before = with_new_names(read_sections(run / "config.yaml"))
+    before = with_new_names(read_sections(run / "config.yaml"), warn=False)  # its user did not write it
     sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
     # Runs from before recorded it as it was given.
     sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")

@@ -114,6 +114,15 @@ def test_processes_share_the_shards_and_workers_change_no_bit(tmp_path, autoenco
     assert content(tmp_path / "shared") == alone
 
 
+def test_a_stream_whose_pieces_are_elsewhere_is_not_complete(tmp_path, autoencoder, monkeypatch):
+    """Other nodes that do not share the folder: training would read a part of the images in silence."""
+    first = {"process_index": 0, "is_main_process": True, "wait_for_everyone": lambda: None}
+    monkeypatch.setattr(encoding, "start_processes", lambda: SimpleNamespace(num_processes=3, **first))
+    with pytest.raises(ConfigError, match="lacks pieces that other processes wrote, train 1, train 2"):
+        encode(caching(write_streams(tmp_path), tmp_path / "cache"), autoencoder, 2)
+    assert "complete" not in json.loads((tmp_path / "cache" / "cache.json").read_text())
+
+
 def test_an_unlaunched_accelerate_is_refused(tmp_path, autoencoder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"started 2 processes .* ACCELERATE_USE_CPU=true"):

@@ -67,6 +67,16 @@ def test_a_table_without_labels_is_unlabelled(tmp_path):
     found = inspect_images(str(tmp_path / "a.parquet"))
     assert found.class_counts == {}
     assert found.num_unlabelled == 3
+    assert found.why_unlabelled.startswith("data.label_column: set it, none of ['image', 'caption']")
+
+
+def test_a_column_of_labels_may_be_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [0, 1, 1], column="species")
+    assert inspect_images(str(tmp_path / "a.parquet")).why_unlabelled is not None
+    found = inspect_images(str(tmp_path / "a.parquet"), label_column="species")
+    assert (found.num_unlabelled, found.why_unlabelled) == (0, None)
+    assert found.source["label_column"] == "species"
+    assert list(found.class_counts.values()) == [1, 2]
 
 
 def test_the_digits():

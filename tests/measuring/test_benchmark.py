@@ -310,7 +310,7 @@ def test_every_row_is_measured_printed_and_written(tmp_path, capsys):
     assert settings["device"] in out
     encoding, loading = report["notes"]
     assert re.fullmatch(
-        r"encoding, from photographs, 1 workers: [\d.]+ images a second, [\d.]+ of the autoencoder's own [\d.]+",
+        r"encoding, from photographs, 1 workers: [\d.]+ views a second, [\d.]+ of the autoencoder's own [\d.]+",
         encoding,
     )
     assert re.fullmatch(

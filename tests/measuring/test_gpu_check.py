@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import operator
 import os
 import time
@@ -11,7 +12,7 @@ import torch
 
 from latent_egc.measuring import gpu_check, gpu_parts
 from latent_egc.measuring.gpu_check import main, run_parts
-from latent_egc.measuring.gpu_tables import render
+from latent_egc.measuring.gpu_tables import render, wrong_gradients
 
 CPU = torch.device("cpu")
 MACHINE = {"device": "some GPU", "driver": "1.2", "torch": "2.11.0"}
@@ -129,3 +130,18 @@ def test_the_command_measures_in_another_process_and_renders(tmp_path, capsys):
     main(["--render", str(output)])
     assert capsys.readouterr().out == printed
     assert set(gpu_check.PARTS) <= set(vars(gpu_parts))
+
+
+def test_wrong_gradients_are_named_and_end_the_command_with_an_error(tmp_path, monkeypatch):
+    right = {"backbone": "unet", "precision": "bf16", "error": 0.02, "seconds": 1.0}
+    wrong = [right | {"error": 1.1}, right | {"precision": "float32"}, right | {"error": math.nan}]
+    part = {"rows": [right, *wrong], "seconds": 1.0}
+    found = wrong_gradients({"machine": MACHINE, "parts": {"parity": part}})
+    assert found == [f"parity, backbone unet, precision {row['precision']}, error {row['error']}" for row in wrong]
+    for parts in (
+        {"sharding": {"rows": [wrong[0]], "seconds": 1.0}},
+        {"memory": {"rows": [], "failure": "x", "seconds": 0.0}},
+    ):
+        monkeypatch.setattr(gpu_check, "run_parts", lambda *arguments, parts=parts: parts)
+        with pytest.raises(SystemExit, match="1"):
+            main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "gpu_check.json")])

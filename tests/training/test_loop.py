@@ -20,13 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT, tiny_kl, tiny_unet, write_images
 from tiny_runs import evaluations, finish, losses, run_config, run_values, start, wait_for_step
-from torch.utils.data import default_collate
 
 from latent_egc import EGCPipeline
 from latent_egc.config import ConfigError, TrainingConfig, parse_config
 from latent_egc.data.autoencoders import latents_from_moments
 from latent_egc.data.sources import load_splits
-from latent_egc.data.stream import TrainingSamples
+from latent_egc.data.stream import TrainingSamples, collate
 from latent_egc.data.views import PixelViews
 from latent_egc.objective import EGCObjective
 from latent_egc.training.build import resolve
@@ -361,8 +360,8 @@ def test_each_view_has_a_posterior_noise_of_its_own(tmp_path, sample_posterior):
     data, vae = write_images(tmp_path / "images"), tiny_kl()
     views = PixelViews(load_splits(data, 3).train, data, seed=0)
     samples = TrainingSamples(views, 0, (2, 4, 4), 1000, 0.1, posterior=sample_posterior)
-    batch = default_collate(samples.__getitems__([0, 1]))
-    batch["clean_view"], batch["clean_labels"] = batch["view"], batch["class_labels"]
+    batch = collate(samples.__getitems__([0, 1]))
+    batch["clean_view"] = batch["view"]
     with torch.no_grad():
         inputs = objective_inputs(batch, views, vae, labelled=True)
         moments = views.moments(vae, batch["view"])
