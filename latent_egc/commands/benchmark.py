@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, how often, and where the numbers go."""
     add_config_arguments(parser)
     parser.add_argument("--repeats", type=positive_integer, default=20, help="timings of each step (default 20)")
+    # Not checked here, for the names would load torch.
+    parser.add_argument("--groups", nargs="+", metavar="GROUP", help='rows to measure, such as "class embedding"')
     add_device_argument(parser)
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="file of all numbers (%(default)s)")
 
@@ -25,6 +27,6 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     options.output.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes
-    report = benchmark(config, options.repeats, device_name(options.device))
+    report = benchmark(config, options.repeats, device_name(options.device), options.groups)
     print(report)
     options.output.write_text(json.dumps(report.to_dict(), indent=1))

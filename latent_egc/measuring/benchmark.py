@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,11 @@ from latent_egc.objective import EGCObjective
 # Attention alone is measured at these numbers of tokens, by as many rows as make the largest of them in all.
 ATTENTION_TOKENS = (256, 1024, 4096)
 ATTENTION_HEADS, ATTENTION_HEAD_DIM = 4, 64
+GROUPS = (
+    *("training step", "as published", "class embedding", "variants"),
+    *(f"{num_tokens} tokens" for num_tokens in ATTENTION_TOKENS),
+    *("sampling step", "classification", "encoding"),
+)
 
 
 def _side(name: str, step: Callable[..., Any], *arguments: Any, units: int | None = None) -> Side:
@@ -165,18 +170,23 @@ class BenchmarkReport:
         return "\n\n".join([title, table(self.pairs), *self.notes])
 
 
-def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> BenchmarkReport:
-    """Measures every row on the configuration's model, batch size, precision and autoencoder.
+def benchmark(
+    config: Config, repeats: int = 20, device: str = "cpu", groups: Sequence[str] | None = None
+) -> BenchmarkReport:
+    """Measures the rows on the configuration's model, batch size, precision and autoencoder.
 
     Args:
         config: a whole run's configuration; its data are not read.
         repeats: how often each side is timed.
         device: "cpu" or a CUDA device.
+        groups: of rows, of `GROUPS`; None: all.
 
     Raises:
         ConfigError: a configuration that cannot be measured, such as a model without classes.
-        ValueError: another device, or CUDA where there is none.
+        ValueError: another device, CUDA where there is none, or an unknown group.
     """
+    if unknown := sorted(set(groups or ()) - set(GROUPS)):
+        raise ValueError(f"groups must be of {', '.join(GROUPS)}, got {', '.join(unknown)}")
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
@@ -187,7 +197,7 @@ def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> Benchma
     latent_shape(vae, image_size)  # raises where the two do not fit
     work = steps.make_workload(config, place)
     with_bf16 = place.type == "cuda" or work.mixed_precision == "bf16"
-    groups = {
+    pairs_of = {
         "training step": training_pairs(work),
         "as published": published_pairs(work, with_bf16),
         "class embedding": embedding_pairs(steps.make_workload(config, place, class_embedding=True)),
@@ -197,7 +207,8 @@ def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> Benchma
         "classification": [classification_pair(work)],
         "encoding": [] if vae is None else [encoding_pair(vae.to(place), batch_size, image_size)],
     }
-    for name, pairs in groups.items():
+    measured = {name: pairs for name, pairs in pairs_of.items() if groups is None or name in groups}
+    for name, pairs in measured.items():
         measure(name, pairs, place, repeats)
 
     notes = []
@@ -205,13 +216,13 @@ def benchmark(config: Config, repeats: int = 20, device: str = "cpu") -> Benchma
         notes.append("full step, bf16: not measured on a CPU unless training.mixed_precision is bf16")
     if vae is None:
         notes.append("encoding: not measured, autoencoder.path is null (pixel space)")
-    for pair in groups["encoding"]:
+    for pair in pairs_of["encoding"]:
         if pair.side.median is not None:
             notes.append(encoding_note(config, vae, batch_size, pair.side.median))
-    full_step = groups["training step"][-1].side
+    full_step = pairs_of["training step"][-1].side
     if full_step.median is not None:
         notes.append(loading_note(config, vae, place, full_step.median))
-    pairs = [pair for group in groups.values() for pair in group]
+    pairs = [pair for group in measured.values() for pair in group]
     notes += [f"{side.name}: failed, {side.failure}" for side in distinct_sides(pairs) if side.failure is not None]
     settings = describe(work, place) | {
         "autoencoder": None if vae is None else type(vae).__name__,
