@@ -44,11 +44,6 @@ from latent_egc.objective import EGCObjective
 # Attention alone is measured at these numbers of tokens, by as many rows as make the largest of them in all.
 ATTENTION_TOKENS = (256, 1024, 4096)
 ATTENTION_HEADS, ATTENTION_HEAD_DIM = 4, 64
-GROUPS = (
-    *("training step", "as published", "class embedding", "variants"),
-    *(f"{num_tokens} tokens" for num_tokens in ATTENTION_TOKENS),
-    *("sampling step", "classification", "encoding"),
-)
 
 
 def _side(name: str, step: Callable[..., Any], *arguments: Any, units: int | None = None) -> Side:
@@ -179,14 +174,12 @@ def benchmark(
         config: a whole run's configuration; its data are not read.
         repeats: how often each side is timed.
         device: "cpu" or a CUDA device.
-        groups: of rows, of `GROUPS`; None: all.
+        groups: names of groups of rows, which an unknown name's error lists; None: all.
 
     Raises:
         ConfigError: a configuration that cannot be measured, such as a model without classes.
         ValueError: another device, CUDA where there is none, or an unknown group.
     """
-    if unknown := sorted(set(groups or ()) - set(GROUPS)):
-        raise ValueError(f"groups must be of {', '.join(GROUPS)}, got {', '.join(unknown)}")
     place = torch.device(device)
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
@@ -207,6 +200,8 @@ def benchmark(
         "classification": [classification_pair(work)],
         "encoding": [] if vae is None else [encoding_pair(vae.to(place), batch_size, image_size)],
     }
+    if unknown := sorted(set(groups or ()) - pairs_of.keys()):
+        raise ValueError(f"groups must be of {', '.join(pairs_of)}, got {', '.join(unknown)}")
     measured = {name: pairs for name, pairs in pairs_of.items() if groups is None or name in groups}
     for name, pairs in measured.items():
         measure(name, pairs, place, repeats)
