@@ -273,13 +273,6 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-def test_groups_of_rows_may_be_chosen():
-    report = benchmark(parse_config(config_values()), repeats=1, groups=["classification"])
-    assert [pair.side.name for pair in report.pairs] == ["classification"]
-    with pytest.raises(ValueError, match=r"groups must be of training step, .*, got speed"):
-        benchmark(parse_config(config_values()), groups=["speed"])
-
-
 def test_every_row_is_measured_printed_and_written(tmp_path, capsys):
     tiny_kl().save_pretrained(tmp_path / "vae")
     values = config_values(autoencoder=str(tmp_path / "vae"), mixed_precision="bf16")
@@ -324,6 +317,13 @@ def test_every_row_is_measured_printed_and_written(tmp_path, capsys):
         r"loading, from a latent cache, 1 workers: [\d.]+ samples a second; the full step consumes [\d.]+", loading
     )
     assert encoding in out
+
+
+def test_groups_of_rows_may_be_chosen():
+    report = benchmark(parse_config(config_values()), repeats=1, groups=["classification"])
+    assert [pair.side.name for pair in report.pairs] == ["classification"]
+    with pytest.raises(ValueError, match=r"groups must be of training step, .*, got speed"):
+        benchmark(parse_config(config_values()), groups=["speed"])
 
 
 @pytest.mark.usefixtures("quick")
