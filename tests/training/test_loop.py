@@ -372,7 +372,7 @@ def test_each_view_has_a_posterior_noise_of_its_own(tmp_path, sample_posterior):
 
 
 def test_learning_rate():
-    constant = TrainingConfig(learning_rate=2.0, warmup_steps=4, max_steps=12)
+    constant = TrainingConfig(learning_rate=2.0, lr_schedule="constant", warmup_steps=4, max_steps=12)
     assert [learning_rate_at(step, constant) for step in (0, 1, 3, 4, 11)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     cosine = dataclasses.replace(constant, lr_schedule="cosine")
     assert [learning_rate_at(step, cosine) for step in (3, 4, 8)] == pytest.approx([2.0, 2.0, 1.0])

@@ -303,7 +303,7 @@ def test_plain_classifier_of_a_run(tmp_path, monkeypatch, capsys, pixel_space):
         },
         "autoencoder": {"path": None if pixel_space else str(tmp_path / "vae")},
         "data": {"dataset": "imagefolder", "data_dir": str(tmp_path / "images"), "image_size": 8},
-        "training": {"max_steps": 2, "train_batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.0},
+        "training": {"max_steps": 2, "train_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "ema_decay": 0.0},
     }
     if not pixel_space:
         tiny_kl().save_pretrained(tmp_path / "vae")
