@@ -16,7 +16,7 @@ from sklearn.svm import SVC
 
 from latent_egc import EGCPipeline
 from latent_egc.config import Config, load_config
-from latent_egc.data.latent_cache import encode
+from latent_egc.data.encoding import encode
 from latent_egc.data.sources import ImageTable, load_splits
 from latent_egc.training.build import resolve_model
 from latent_egc.training.figures import sample_rows, save_grid
