@@ -15,7 +15,14 @@ import fsspec
 from PIL import Image
 
 from latent_egc.config import ConfigError, DataConfig
-from latent_egc.data.sources import CorruptImageError, class_names, find_columns, load_rows, stored_image
+from latent_egc.data.sources import (
+    CorruptImageError,
+    class_names,
+    find_columns,
+    load_rows,
+    stored_image,
+    with_stored_images,
+)
 
 MAX_PIECES = 256
 ROWS_AT_ONCE = 16
@@ -103,10 +110,7 @@ def load_streams(config: DataConfig, num_classes: int | None) -> tuple[ImageStre
         columns = [column for column in (image_column, label_column) if column is not None]
         if missing := [column for column in columns if column not in rows.column_names]:
             raise ConfigError(f"data.validation_split: no column {missing[0]!r} in it, only {rows.column_names}")
-        try:
-            rows = rows.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
-        except (TypeError, NotImplementedError, ValueError) as error:
-            raise ConfigError(f"data.image_column: column {image_column!r} does not hold images: {error}") from error
+        rows = with_stored_images(rows.select_columns(columns), image_column)
         splits.append(ImageStream(rows, image_column, label_column, len(names), split))
     return splits[0], splits[1], names
 

@@ -134,12 +134,17 @@ def load_splits(config: DataConfig, num_classes: int | Literal["any"] | None) ->
             labels = np.full(len(rows), -1, dtype=np.int64)
         else:
             labels = _label_ids(rows, label_column, names, split_name)
-        try:
-            rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        except (TypeError, NotImplementedError, ValueError) as error:
-            raise ConfigError(f"data.image_column: column {image_column!r} does not hold images: {error}") from error
+        rows = with_stored_images(rows.select_columns([image_column]), image_column)
         tables.append(ImageTable(rows, image_column, labels, split_name))
     return Splits(tables[0], tables[1], names)
+
+
+def with_stored_images(rows: Rows, image_column: str) -> Rows:
+    """Rows whose images stay as they are stored, not decoded. Raises ConfigError where the column holds none."""
+    try:
+        return rows.cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, NotImplementedError, ValueError) as error:  # what datasets raises for text, numbers, lists
+        raise ConfigError(f"data.image_column: column {image_column!r} does not hold images: {error}") from error
 
 
 def digits_rows() -> datasets.Dataset:
