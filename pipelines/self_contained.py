@@ -6,6 +6,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from latent_egc.models.weights import check_files
+
 from .code_files import add_code_files
 
 
@@ -38,6 +40,14 @@ class SelfContainedPipeline(DiffusionPipeline):
         if _in_package() and module is not None and "." not in module:
             config["energy_model"] = [f"latent_egc.models.{module}", class_name]
         return loaded
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> "SelfContainedPipeline":
+        """See `DiffusionPipeline.from_pretrained`. Raises ValueError, naming them, on tensors that nothing asks for."""
+        pipeline = super().from_pretrained(*arguments, **options)
+        if pipeline.vae is not None and options.get("vae") is None:  # the energy network looks at its own
+            check_files(pipeline.vae)
+        return pipeline
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **options: Any) -> None:
         """See `ConfigMixin.save_config`; saving and pushing a pipeline end with it. Adds the code files."""

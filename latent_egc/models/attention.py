@@ -16,7 +16,7 @@ and for cotangents a, b, c of dq, dk, dv (double backward), with W = s (a k^T + 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 from .numerics import at_least_float32, is_twice_differentiable, without_autocast
@@ -31,7 +31,8 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     """Scaled dot-product attention, softmax(query key^T / sqrt(d)) value.
 
     Within `twice_differentiable(True)` it runs a kernel with second derivatives, `chunked_attention` over many tokens
-    and `math_attention` over few; elsewhere torch's fused kernel, which has only the first.
+    and `math_attention` over few; elsewhere the kernel that diffusers' `attention_backend` names, by default torch's
+    fused one, which has only the first.
 
     Args:
         query: (N, heads, T, d).
@@ -41,7 +42,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
         (N, heads, T, d).
     """
     if not is_twice_differentiable():
-        return F.scaled_dot_product_attention(query, key, value)
+        return dispatch_attention_fn(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
     if min(query.shape[-2], key.shape[-2]) >= CHUNKED_FROM_TOKENS:
         return chunked_attention(query, key, value)
     return math_attention(query, key, value)

@@ -77,8 +77,8 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def set_attention_backend(self, backend: str) -> None:
         """Raises ValueError: the kernel follows from how often a pass is differentiated, see `models/attention.py`."""
         raise ValueError(
-            f"{type(self).__name__} does not support attention backends, got {backend!r}: it runs torch's fused kernel "
-            "where a pass is differentiated once, and kernels with second derivatives elsewhere"
+            f"{type(self).__name__} has no attention backend of its own, got {backend!r}: use the context manager "
+            "diffusers.models.attention_backend, which holds where a pass is differentiated once"
         )
 
     def compile(self, *arguments: Any, **options: Any) -> None:

@@ -3,9 +3,13 @@
 diffusers logs a line where a file lacks a tensor and goes on with whatever is in memory.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
+from diffusers.models.model_loading_utils import load_state_dict
 from torch import nn
 
 
@@ -33,6 +37,22 @@ def check_weights(module: nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
     ]
     _refuse(module, {"missing": missing, "NaN or infinite": not_finite})
+
+
+def check_files(module: ModelMixin) -> None:
+    """Raises ValueError, naming them, where the files that a component was loaded from hold tensors that it lacks.
+
+    For components of other classes than this package's, which `DiffusionPipeline.from_pretrained` loads by itself.
+    """
+    folder = Path(module.config.get("_name_or_path") or "")
+    ignored = module._keys_to_ignore_on_load_unexpected or []
+    for file in sorted(
+        [*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("diffusion_pytorch_model*.bin")]
+    ):
+        tensors = load_state_dict(file)
+        module._fix_state_dict_keys_on_load(tensors)  # names of former versions of diffusers
+        unexpected = tensors.keys() - module.state_dict().keys()
+        _refuse(module, {"unexpected": [name for name in unexpected if not any(re.search(i, name) for i in ignored)]})
 
 
 def align_weights(module: nn.Module) -> None:

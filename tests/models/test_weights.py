@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from tiny import TINY_BACKBONES, tiny_pipeline, tiny_transformer, tiny_unet
+from tiny import TINY_BACKBONES, tiny_kl, tiny_pipeline, tiny_transformer, tiny_unet
 
 from latent_egc import EGCPipeline, EGCTransformer, EGCUNet
 from latent_egc.config import AutoencoderConfig, ConfigError
@@ -67,12 +67,43 @@ def test_a_pipeline_whose_network_does_not_fit_its_file_is_refused(fault, tmp_pa
         EGCPipeline.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["missing", "mis-shaped", "nan"])
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "mis-shaped", "nan"])
 def test_a_pipeline_whose_autoencoder_does_not_fit_its_file_is_refused(fault, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     damage(tmp_path / "vae" / FILE, fault, "decoder.conv_in.weight")
-    with pytest.raises(ValueError, match=r"decoder\.conv_in\.weight"):
+    with pytest.raises(ValueError, match=r"stray|decoder\.conv_in\.weight"):
         EGCPipeline.from_pretrained(tmp_path)
+
+
+def test_old_pickled_weights_of_an_autoencoder_are_looked_through_too(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "vae" / FILE)
+    (tmp_path / "vae" / FILE).unlink()
+    torch.save(tensors, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    EGCPipeline.from_pretrained(tmp_path)
+    torch.save(tensors | {"stray": torch.ones(2)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="AutoencoderKL; unexpected: stray"):
+        EGCPipeline.from_pretrained(tmp_path)
+
+
+def test_names_of_former_versions_are_expected(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(vae=tiny_kl(mid_block_add_attention=True))
+    pipeline.save_pretrained(tmp_path)
+    file, renamed = tmp_path / "vae" / FILE, {}
+    for name, tensor in load_file(file).items():
+        for now, before in (
+            (".to_q.", ".query."),
+            (".to_k.", ".key."),
+            (".to_v.", ".value."),
+            (".to_out.0.", ".proj_attn."),
+        ):
+            name = name.replace(now, before)
+        renamed[name] = tensor
+    assert len(renamed.keys() - pipeline.vae.state_dict().keys()) == 16
+    save_file(renamed, file, {"format": "pt"})
+    loaded = EGCPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.vae.state_dict(), pipeline.vae.state_dict())
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mis-shaped", "nan"])

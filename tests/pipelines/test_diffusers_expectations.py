@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from tiny import TINY_BACKBONES, generator, gradient_image, sample, tiny_kl, tiny_pipeline, tiny_transformer, tiny_unet
 
 from latent_egc import EGCPipeline
@@ -163,8 +164,23 @@ def test_what_would_move_or_cast_weights_too_early_is_refused_by_name(make):
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     with pytest.raises(ValueError, match="group offloading"):
         model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(ValueError, match="does not support attention backends, got 'flash'"):
+    with pytest.raises(ValueError, match="no attention backend of its own, got 'flash'"):
         model.set_attention_backend("flash")
+
+
+def test_the_attention_backend_of_a_context_is_used_where_a_pass_is_differentiated_once(monkeypatch):
+    model, latents, calls = tiny_transformer().double(), torch.randn(2, 2, 4, 4, dtype=torch.float64), []
+    math = AttentionBackendName._NATIVE_MATH
+    kernel = _AttentionBackendRegistry._backends[math]
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, lambda **kw: calls.append(1) or kernel(**kw))
+    plain = model.epsilon(latents, 3).detach()
+    with torch.no_grad(), attention_backend("_native_math"):
+        named = model.epsilon(latents, 3)
+    assert len(calls) == model.config.num_layers
+    torch.testing.assert_close(named, plain, rtol=0, atol=1e-12)
+    with attention_backend("_native_math"):
+        model.epsilon(latents, 3)  # with a graph: twice differentiable
+    assert len(calls) == model.config.num_layers
 
 
 # --- models --------------------------------------------------------------------------------------------------------
