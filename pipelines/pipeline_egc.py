@@ -5,30 +5,21 @@ one forward pass on clean latents at timestep 0, the published convention. This 
 weights, so it imports torch, diffusers and the standard library only.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from latent_egc.models.weights import align_weights, check_weights
-
-from .class_names import ClassLabels, label_ids
+from .class_names import ClassLabels
+from .energy_pipeline import EnergyPipeline, StepCallback
 from .images import preprocess_images
-from .latents import decode_latents, latent_channels, latent_moments, scale_latents, vae_scale_factor
 from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
-from .schedulers import check_scheduler, set_timesteps, step_options
-from .self_contained import SelfContainedPipeline
-
-PIXELS_AT_ONCE = 2**20  # through the autoencoder: 16 images of 256 px
-LATENTS_AT_ONCE = 2**14  # positions through the energy network: 16 images of 32x32 latents
+from .schedulers import check_scheduler, step_options
 
 
 @dataclass
@@ -48,113 +39,8 @@ class EGCClassificationOutput(BaseOutput):
     energy: torch.Tensor
 
 
-class EGCPipeline(SelfContainedPipeline):
-    """Samples and classifies images with one energy network.
-
-    Args:
-        energy_model: an `EGCUNet` or another `EnergyModel`.
-        vae: a diffusers autoencoder (`AutoencoderKL`, `AutoencoderTiny`, ...); None in pixel space.
-        scheduler: any epsilon-prediction scheduler of diffusers on the energy network's own noise schedule.
-        id2label: class id -> name; None: the ids are the names.
-        default_guidance_scale: what `guidance_scale=None` means for labelled samples, at least 1.
-
-    Raises:
-        ValueError: a scheduler with other betas or another prediction type, names that do not fit the classes, or
-            weights that were not in their file, are NaN or infinite.
-    """
-
-    _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
-    model_cpu_offload_seq = "energy_model->vae"
-
-    def __init__(
-        self,
-        energy_model: ModelMixin,
-        vae: ModelMixin | None,
-        scheduler: SchedulerMixin,
-        id2label: dict[str, str] | dict[int, str] | None = None,
-        default_guidance_scale: float = 1.0,
-    ) -> None:
-        super().__init__()
-        num_classes = energy_model.config.num_classes or 0
-        if id2label is None:
-            id2label = {i: str(i) for i in range(num_classes)}
-        id2label = {str(i): str(name) for i, name in id2label.items()}
-        if set(id2label) != {str(i) for i in range(num_classes)}:
-            raise ValueError(f"id2label must name the classes 0 to {num_classes - 1}, got ids {sorted(id2label)}")
-        if not default_guidance_scale >= 1:
-            raise ValueError(f"default_guidance_scale must be at least 1, got {default_guidance_scale}")
-        self.register_modules(energy_model=energy_model, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label, default_guidance_scale=default_guidance_scale)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        check_scheduler(self.scheduler, self.energy_model)
-        for module in (energy_model, vae):
-            if module is not None:
-                check_weights(module)
-                align_weights(module)
-
-    # --- facts ------------------------------------------------------------------------------------------------------
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Class id -> name, by id: JSON keeps 10 before 2."""
-        return dict(sorted((int(i), name) for i, name in self.config.id2label.items()))
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent, in height and width; 1 in pixel space."""
-        return vae_scale_factor(self.vae)
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images, in pixels."""
-        return self.energy_model.config.sample_size * self.vae_scale_factor
-
-    @property
-    def guidance_scale(self) -> float:
-        """The classifier's weight in the running or last call. A callback may set `_guidance_scale` of its pipeline."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Timesteps of the running or last call's scheduler."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call stops before its next step. A callback may set `_interrupt` of its pipeline."""
-        return self._interrupt
-
-    # --- pixels <-> latents -----------------------------------------------------------------------------------------
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images to scaled latents, by the posterior mean. Differentiable.
-
-        Args:
-            pixel_values: (N, 3, H, W) in [-1, 1].
-
-        Returns:
-            (N, C, h, w) of about unit variance; `pixel_values` themselves in pixel space.
-        """
-        self._check_pixel_space()
-        if self.vae is None:
-            return pixel_values
-        mean = latent_moments(self.vae, pixel_values)[:, : latent_channels(self.vae)]
-        return scale_latents(self.vae, mean)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1]. Differentiable."""
-        self._check_pixel_space()
-        return latents if self.vae is None else decode_latents(self.vae, latents)
-
-    def _check_pixel_space(self) -> None:
-        """Raises ValueError where there is no autoencoder and the network's latents are no pixels."""
-        channels = self.energy_model.config.in_channels
-        if self.vae is None and channels != latent_channels(None):
-            raise ValueError(
-                f"vae=None, but the energy network's latents have {channels} channels, so they are no pixels: give the "
-                'pipeline its autoencoder, or sample with output_type="latent"'
-            )
+class EGCPipeline(EnergyPipeline):
+    """Samples and classifies images with one energy network; its components are those of an `EnergyPipeline`."""
 
     # --- classification ---------------------------------------------------------------------------------------------
 
@@ -181,8 +67,7 @@ class EGCPipeline(SelfContainedPipeline):
         if not 1 <= top_k <= num_classes:
             raise ValueError(f"top_k must be in [1, {num_classes}], got {top_k}")
         if batch_size is None:
-            pixels_at_once = self._default_batch_size() if self.vae is None else PIXELS_AT_ONCE // self.image_size**2
-            batch_size = max(1, min(self._default_batch_size(), pixels_at_once))
+            batch_size = self._default_image_batch_size()
         check_counts(1, 1, batch_size, 1)
         given = images if isinstance(images, (list, tuple)) else [images]
         one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
@@ -216,7 +101,7 @@ class EGCPipeline(SelfContainedPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["EGCPipeline", int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -294,26 +179,21 @@ class EGCPipeline(SelfContainedPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device, dtype)
 
-        # Calls may run side by side: what one of them changes, the scheduler above all, is its own. The pipeline itself
-        # only tells of the last call.
-        call = copy.copy(self)
-        call._interrupt = self._interrupt = False
+        call = self._own_call()
         batch_size = batch_size or self._default_batch_size(*latents.shape[-2:])
         images = []
         for start in range(0, num_images, batch_size):
             rows = slice(start, start + batch_size)
-            call.scheduler = copy.deepcopy(self.scheduler)
+            self._set_steps(call, num_inference_steps, timesteps, sigmas)
             call._guidance_scale = self._guidance_scale = guidance_scale
-            set_timesteps(call.scheduler, num_inference_steps, timesteps, sigmas, device)
-            call._num_timesteps = self._num_timesteps = len(call.scheduler.timesteps)
-            found = call._sample(
+            found = call._denoise(
                 latents[rows] * call.scheduler.init_noise_sigma,
-                None if labels is None else labels[rows],
-                classifier_free_scale,
-                guidance_interval,
+                call._guided_epsilon(
+                    None if labels is None else labels[rows], classifier_free_scale, guidance_interval
+                ),
                 step_options(call.scheduler, generator[rows] if isinstance(generator, list) else generator, eta),
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
+                callback=callback_on_step_end,
+                callback_inputs=callback_on_step_end_tensor_inputs,
                 interrupted=lambda: call.interrupt or self.interrupt,
             )
             images.append(found if output_type == "latent" else self._decode_in_slices(found))
@@ -324,64 +204,21 @@ class EGCPipeline(SelfContainedPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _sample(
-        self,
-        latents: torch.Tensor,
-        labels: torch.Tensor | None,
-        classifier_free_scale: float,
-        guidance_interval: tuple[float, float],
-        step_kwargs: dict[str, Any],
-        callback: Callable[["EGCPipeline", int, Any, dict[str, Any]], dict[str, Any] | None] | None,
-        callback_inputs: Sequence[str],
-        interrupted: Callable[[], bool],
-    ) -> torch.Tensor:
-        """Noise (N, C, h, w) to clean latents, by the steps that this call's scheduler has been set to."""
-        noise_levels = (self.scheduler.timesteps / self.energy_model.config.num_train_timesteps).tolist()
-        with self.progress_bar(total=self.num_timesteps) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                if interrupted():
-                    break
-                guided = guidance_interval[0] <= noise_levels[step] <= guidance_interval[1]
-                epsilon = self.energy_model.epsilon(
-                    self.scheduler.scale_model_input(latents, timestep),
-                    timestep,
-                    labels,
-                    guidance_scale=self.guidance_scale if guided else 0.0,
-                    # Unguided is the energy that sees the label, if it was to see one at all.
-                    classifier_free_scale=classifier_free_scale if guided else float(classifier_free_scale != 0),
-                )
-                latents = self.scheduler.step(epsilon, timestep, latents, **step_kwargs).prev_sample
-                if callback is not None:
-                    values = {"latents": latents}
-                    returned = callback(self, step, timestep, {name: values[name] for name in callback_inputs}) or {}
-                    latents = returned.get("latents", latents)
-                progress_bar.update()
-        return latents
+    def _guided_epsilon(
+        self, labels: torch.Tensor | None, classifier_free_scale: float, guidance_interval: tuple[float, float]
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """What gives a call's steps their epsilon; see `__call__`."""
 
-    def _decode_in_slices(self, latents: torch.Tensor) -> torch.Tensor:
-        """`decode`, in float32; an autoencoder's activations at full resolution are far larger than the images."""
-        height, width = latents.shape[-2:]
-        images_at_once = max(1, PIXELS_AT_ONCE // (height * width * self.vae_scale_factor**2))
-        return torch.cat([self.decode(part).float() for part in latents.split(images_at_once)])
-
-    def _default_batch_size(self, height: int | None = None, width: int | None = None) -> int:
-        """How many latents of a size, by default the network's own, are surely not too many at once."""
-        size = self.energy_model.config.sample_size
-        return max(1, LATENTS_AT_ONCE // ((height or size) * (width or size)))
-
-    # --- checks -----------------------------------------------------------------------------------------------------
-
-    def label_ids(self, class_labels: ClassLabels | None) -> torch.Tensor | None:
-        """Ids, names, one or many -> (L,) int64; None stays None. Raises ValueError on an unknown id or name."""
-        return None if class_labels is None else label_ids(class_labels, self.id2label)
-
-    def _check_outputs(self, output_type: str, callback_inputs: Sequence[str]) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        if output_type != "latent":
-            self._check_pixel_space()
-        unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {unknown}"
+        def epsilon_at(noisy_latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            noise_level = float(timestep / self.energy_model.config.num_train_timesteps)
+            guided = guidance_interval[0] <= noise_level <= guidance_interval[1]
+            return self.energy_model.epsilon(
+                noisy_latents,
+                timestep,
+                labels,
+                guidance_scale=self.guidance_scale if guided else 0.0,
+                # Unguided is the energy that sees the label, if it was to see one at all.
+                classifier_free_scale=classifier_free_scale if guided else float(classifier_free_scale != 0),
             )
+
+        return epsilon_at

@@ -22,7 +22,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from tiny import TINY_BACKBONES, generator, gradient_image, sample, tiny_kl, tiny_pipeline, tiny_transformer, tiny_unet
 
 from latent_egc import EGCPipeline
-from latent_egc.pipelines import pipeline_egc
+from latent_egc.pipelines import energy_pipeline
 from latent_egc.pipelines.schedulers import default_scheduler
 
 
@@ -97,9 +97,9 @@ def test_classification_in_batches_is_the_same(monkeypatch):
         torch.testing.assert_close(output.energy, whole.energy)
     assert rows == 3 * [2, 2, 1]
     rows.clear()
-    monkeypatch.setattr(pipeline_egc, "LATENTS_AT_ONCE", 3 * 4 * 4)
+    monkeypatch.setattr(energy_pipeline, "LATENTS_AT_ONCE", 3 * 4 * 4)
     pipeline.classify(images)
-    monkeypatch.setattr(pipeline_egc, "PIXELS_AT_ONCE", 2 * 8 * 8)
+    monkeypatch.setattr(energy_pipeline, "PIXELS_AT_ONCE", 2 * 8 * 8)
     pipeline.classify(images)
     assert rows == [3, 2, 2, 2, 1]
 
@@ -113,7 +113,7 @@ def test_sampling_in_batches_is_the_same(scheduler, monkeypatch):
     rows = rows_seen(pipeline, monkeypatch)
     found = sample(pipeline, labels, generator=generators(), batch_size=2)
     torch.testing.assert_close(found, whole, atol=1e-4, rtol=0)
-    monkeypatch.setattr(pipeline_egc, "LATENTS_AT_ONCE", 4 * 4)
+    monkeypatch.setattr(energy_pipeline, "LATENTS_AT_ONCE", 4 * 4)
     torch.testing.assert_close(sample(pipeline, labels, generator=generators()), whole, atol=1e-4, rtol=0)
     assert rows == 3 * [2] + 3 * [1] + 9 * [1]
 

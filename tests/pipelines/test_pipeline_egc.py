@@ -29,7 +29,7 @@ from tiny import (
 )
 
 from latent_egc import EGCPipeline, EGCUNet
-from latent_egc.pipelines import pipeline_egc
+from latent_egc.pipelines import energy_pipeline
 from latent_egc.pipelines.images import preprocess_images
 from latent_egc.pipelines.schedulers import default_scheduler
 
@@ -227,7 +227,7 @@ def test_images_are_decoded_in_slices(monkeypatch):
     whole = sample(pipeline, "cat", num_images_per_label=5)
     decode = pipeline.decode
     monkeypatch.setattr(pipeline, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
-    monkeypatch.setattr(pipeline_egc, "PIXELS_AT_ONCE", 2 * 8 * 8)
+    monkeypatch.setattr(energy_pipeline, "PIXELS_AT_ONCE", 2 * 8 * 8)
     torch.testing.assert_close(sample(pipeline, "cat", num_images_per_label=5), whole)
     assert sizes == [2, 2, 1]
 
