@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Writes the cache."""
-    from latent_egc.config import load_config
     from latent_egc.data.encoding import encode, start_processes
     from latent_egc.training.build import resolve_model
+    from latent_egc.training.run_folder import load_run_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides)
     num_classes = resolve_model(config.model)["num_classes"]
     processes = start_processes()
     device = str(processes.device)

@@ -290,6 +290,18 @@ def test_encode_writes_the_cache_that_the_config_names(config, tmp_path, capsys)
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["complete"]
 
 
+def test_encode_for_a_run_to_go_on_with_reads_what_is_left_out_from_its_config(config, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text("{}")
+    before = {"objective": {}, "training": {}, "sampling": {}} | yaml.safe_load(config.read_text())
+    before["data"]["num_views"] = 3
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before))
+    options = [f"data.latent_cache={tmp_path / 'cache'}", "training.resume=auto"]
+    assert main(["encode", str(config), *options, "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["data.num_views"] == 3
+
+
 def test_encode_errors(config, tmp_path, capsys):
     fails(capsys, ["encode", config], "data.latent_cache must name the folder")
     fails(capsys, ["encode", tmp_path / "none.yaml"], "config file not found", "none.yaml")
