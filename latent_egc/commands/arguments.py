@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from latent_egc.pipelines import EGCPipeline
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -67,6 +69,18 @@ def device_name(name: str | None) -> str:
     except Exception as error:  # each device, compiled in or not, has its own
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
+
+
+def launched_processes(device: str | None) -> tuple["PartialState", str]:
+    """The processes that share a verb's work, and the device asked for, or this process's own of that type.
+
+    Raises ConfigError for a device that cannot be used, and where processes would each do everything.
+    """
+    from latent_egc.data.encoding import start_processes
+
+    processes = start_processes()
+    own = device in (None, processes.device.type)
+    return processes, str(processes.device) if own else device_name(device)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
