@@ -171,7 +171,7 @@ def save_certificates(
         bar.barh([0], [radius], height=0.35, color="tab:blue")
         bar.axvline(largest, color="0.5", linestyle="--", linewidth=1)
         bar.text(0, 0.42, name, ha="left", va="center", fontsize=9)
-        bar.set(xlim=(0, 1.08 * largest), ylim=(-0.4, 0.65), yticks=[])
+        bar.set(xlim=(0, 1.08 * largest or 1), ylim=(-0.4, 0.65), yticks=[])
         bar.spines[["top", "right"]].set_visible(False)
         bar.tick_params(labelbottom=bar is rows[-1, 2], labelsize=8)
     rows[-1, 2].set_xlabel(f"{radius_name}; dashed: the largest that so many votes can have", fontsize=8)

@@ -63,6 +63,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             for radius in RADII
             if radius <= largest[sigma]
         }
+        metrics[f"largest radius that n = {n:,} allows, sigma {sigma:g}"] = Metric(largest[sigma])
     return SuiteResult(
         num_samples=len(positions),
         metrics=metrics,

@@ -27,6 +27,7 @@ def test_suite_by_hand(evaluation_context, noise):
     for radius in (0, 0.25, 0.5, 0.75):
         expected = (right & (output.radius.numpy() >= radius)).mean()
         assert found[f"certified accuracy at radius {radius:g}, sigma 1"] == pytest.approx(expected)
+    assert found["largest radius that n = 16 allows, sigma 1"] == pytest.approx(limit)
     assert right.any()
     assert result.num_samples == 5
     *rows, last = result.tables[0].rows
