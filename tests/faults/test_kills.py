@@ -32,8 +32,8 @@ def launch(verb: str, things: Path, output: Path) -> subprocess.Popen:
     if verb == "train on two processes":  # from pixels, with loader workers
         command[1:] = [str(things / "pixels.yaml"), f"output_dir={output}", "data.num_workers=1"]
         command += ["training.train_batch_size=2", "training.max_steps=30"]
-    if verb == "sample on two processes":
-        command += ["--num-images=200", "--npz", "--batch-size=4"]
+    if verb == "sample on two processes":  # each image alone, as batches round differently
+        command += ["--num-images=200", "--npz", "--batch-size=1"]
         command.remove("--num-images-per-label=1")
     command = [sys.executable, *(TORCHRUN if "two" in verb else []), "-m", "latent_egc", *command]
     environment = os.environ | {
