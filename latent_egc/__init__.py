@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
     from latent_egc.objective import EGCLosses, EGCObjective
-    from latent_egc.pipelines import EGCClassificationOutput, EGCPipeline
+    from latent_egc.pipelines import EGCCertificationOutput, EGCClassificationOutput, EGCPipeline
 
 __all__ = [
+    "EGCCertificationOutput",
     "EGCClassificationOutput",
     "EGCLosses",
     "EGCObjective",
@@ -25,7 +26,7 @@ def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for: the command line's help need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'latent_egc' has no attribute {name!r}")
-    homes = {"EGCClassificationOutput": "pipelines", "EGCPipeline": "pipelines"}
+    homes = dict.fromkeys(("EGCCertificationOutput", "EGCClassificationOutput", "EGCPipeline"), "pipelines")
     homes |= {"EGCLosses": "objective", "EGCObjective": "objective"}
     return getattr(import_module(f"latent_egc.{homes.get(name, 'models')}"), name)
 

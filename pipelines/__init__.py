@@ -2,6 +2,7 @@
 
 import latent_egc.models  # noqa: F401  (diffusers loads components of modules that are imported already, no others)
 
-from .pipeline_egc import EGCClassificationOutput, EGCPipeline
+from .certification import EGCCertificationOutput, EGCClassificationOutput
+from .pipeline_egc import EGCPipeline
 
-__all__ = ["EGCClassificationOutput", "EGCPipeline"]
+__all__ = ["EGCCertificationOutput", "EGCClassificationOutput", "EGCPipeline"]

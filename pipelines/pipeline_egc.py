@@ -6,86 +6,21 @@ weights, so it imports torch, diffusers and the standard library only.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines import ImagePipelineOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .certification import CertifyingPipeline
 from .class_names import ClassLabels
-from .energy_pipeline import EnergyPipeline, StepCallback
-from .images import preprocess_images
+from .energy_pipeline import StepCallback
 from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
 from .schedulers import check_scheduler, step_options
 
 
-@dataclass
-class EGCClassificationOutput(BaseOutput):
-    """What the energy network says of N images.
-
-    Args:
-        logits: (N, K) at timestep 0.
-        probabilities: (N, K), softmax of the logits.
-        labels: for each image the names of its `top_k` most probable classes, most probable first.
-        energy: (N,) at timestep 0, low = likely; comparable between images of one model only.
-    """
-
-    logits: torch.Tensor
-    probabilities: torch.Tensor
-    labels: list[list[str]]
-    energy: torch.Tensor
-
-
-class EGCPipeline(EnergyPipeline):
+class EGCPipeline(CertifyingPipeline):
     """Samples and classifies images with one energy network; its components are those of an `EnergyPipeline`."""
-
-    # --- classification ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def classify(
-        self, images: PipelineImageInput, top_k: int = 1, batch_size: int | None = None
-    ) -> EGCClassificationOutput:
-        """Classifies images by one forward pass of the energy network on their clean latents at timestep 0.
-
-        Args:
-            images: as in `preprocess_images`: PIL, numpy or torch, one or many, of any size.
-            top_k: how many class names to return for each image, in [1, K].
-            batch_size: images at once; None: what memory surely holds, by their size.
-
-        Returns:
-            `EGCClassificationOutput` on the CPU.
-
-        Raises:
-            ValueError: a model without classes, `top_k` or `batch_size` out of range, or unusable images.
-        """
-        num_classes = self.energy_model.config.num_classes
-        if num_classes is None:
-            raise ValueError("this model was trained without classes, it cannot classify")
-        if not 1 <= top_k <= num_classes:
-            raise ValueError(f"top_k must be in [1, {num_classes}], got {top_k}")
-        if batch_size is None:
-            batch_size = self._default_image_batch_size()
-        check_counts(1, 1, batch_size, 1)
-        given = images if isinstance(images, (list, tuple)) else [images]
-        one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
-        starts = range(0, max(1, len(one_by_one)), batch_size)  # none at all is for `preprocess_images` to refuse
-        logits, energy = [], []
-        for start in self.progress_bar(starts) if len(starts) > 1 else starts:
-            pixel_values = preprocess_images(one_by_one[start : start + batch_size], self.image_size)
-            output = self.energy_model(self.encode(pixel_values.to(self._execution_device)), 0)
-            logits.append(output.logits.cpu())
-            energy.append(output.energy.cpu())
-        self.maybe_free_model_hooks()
-        logits, id2label = torch.cat(logits), self.id2label
-        return EGCClassificationOutput(
-            logits=logits,
-            probabilities=logits.softmax(dim=-1),
-            labels=[[id2label[i] for i in row] for row in logits.topk(top_k, dim=-1).indices.tolist()],
-            energy=torch.cat(energy),
-        )
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ VERBS = (
     "train",
     "sample",
     "classify",
+    "certify",
     "evaluate",
     "probe",
     "report",

@@ -69,3 +69,20 @@ def interpolated_levels(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -
     ratio = torch.lerp(log_ratio[lower], log_ratio[upper], (timesteps - lower).to(log_ratio.dtype)).exp()
     alpha = (1 + ratio**2).rsqrt()
     return alpha, ratio * alpha
+
+
+def timesteps_at(alphas_cumprod: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
+    """The inverse of `interpolated_levels`: timesteps (N,) float64 at which log(sigma_t / alpha_t) is as wanted.
+
+    Args:
+        alphas_cumprod: (T,).
+        log_ratios: (N,); beyond the schedule they are its first or last.
+
+    Returns:
+        In [0, T - 1], on the CPU.
+    """
+    abar, wanted = alphas_cumprod.cpu().double(), log_ratios.cpu().double()
+    schedule = 0.5 * (torch.log1p(-abar) - abar.log())
+    upper = torch.searchsorted(schedule, wanted).clamp(1, len(schedule) - 1)
+    below, above = schedule[upper - 1], schedule[upper]
+    return upper - 1 + ((wanted - below) / (above - below)).clamp(0, 1)

@@ -34,6 +34,10 @@ first, second, out = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(first, trust_remote_code=True)
 pipeline.save_pretrained(second)
 energies = {"loaded": pipeline.classify(torch.load(out + "/pixels.pt")).energy}
+noise = torch.Generator().manual_seed(0)
+logits = pipeline.classify(torch.load(out + "/pixels.pt"), timesteps=[100], generator=noise).logits
+votes = pipeline.certify(torch.load(out + "/pixels.pt"), 0.5, n0=2, n=8, generator=noise).votes
+torch.save({"logits": logits, "votes": votes}, out + "/noised.pt")
 os.rename(first, first + ".moved")
 again = DiffusionPipeline.from_pretrained(second, trust_remote_code=True)
 energies["saved again"] = again.classify(torch.load(out + "/pixels.pt")).energy
@@ -70,6 +74,9 @@ def test_strangers_load_save_and_check_what_save_pretrained_wrote(tmp_path, monk
     expected = pipeline.classify(pixels).energy
     for energy in torch.load(tmp_path / "energies.pt").values():
         assert torch.equal(energy, expected)
+    noise, found = torch.Generator().manual_seed(0), torch.load(tmp_path / "noised.pt")
+    assert torch.equal(found["logits"], pipeline.classify(pixels, timesteps=[100], generator=noise).logits)
+    assert torch.equal(found["votes"], pipeline.certify(pixels, 0.5, n0=2, n=8, generator=noise).votes)
     moved = tmp_path / "first.moved"
     assert all((moved / name).read_text() == (second / name).read_text() for name in CODE_FILES)
     for name in ("model_index.json", "energy_model/config.json", "vae/config.json"):
