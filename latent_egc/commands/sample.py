@@ -1,6 +1,7 @@
 """Sample images: a labelled grid, and every image as a file of its own.
 
 example: latent-egc sample runs/quickstart --classes 3 8 --num-images-per-label 4 --output samples
+example: latent-egc sample runs/quickstart --all-of 3 8 --corrector mala
 """
 
 import argparse
@@ -28,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
     shares = {"nargs": 2, "type": float, "default": (0.0, 1.0), "metavar": ("START", "STOP")}
     parser.add_argument("--guidance-interval", **shares, help="shares of the noise levels guided in (default 0 1)")
+    for name, meaning in (("all", "at once"), ("any", "one of them"), ("none", "none of them")):
+        parser.add_argument(f"--{name}-of", nargs="+", default=None, metavar="CLASS", help=f"images that are {meaning}")
+    kinds = ("ula", "mala", "hmc")
+    parser.add_argument("--corrector", choices=kinds, default=None, help="chain at each noise level (default: none)")
     parser.add_argument("--seed", type=seed, default=0, help="of the starting noise (default 0)")
     add_device_argument(parser)
 
@@ -37,17 +42,27 @@ def run(options: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
+    from latent_egc.config import ConfigError
     from latent_egc.training.figures import sample_rows, save_grid
 
     pipeline = load_pipeline(options.pipeline, options.device)
     names = pipeline.id2label
+
+    def as_labels(given: list[str]) -> list[str | int]:
+        return [int(c) if c.isdigit() and c not in names.values() else c for c in given]
+
+    how = {"guidance_scale": options.guidance_scale, "guidance_interval": tuple(options.guidance_interval)}
+    composed = {name: getattr(options, name) for name in ("all_of", "any_of", "none_of") if getattr(options, name)}
     class_ids = None
-    if options.classes or (names and not options.unlabelled):
-        wanted = [int(c) if c.isdigit() and c not in names.values() else c for c in options.classes or []]
-        class_ids = pipeline.label_ids(wanted or list(names)[:10]).tolist()
-    guidance = {"guidance_scale": options.guidance_scale, "guidance_interval": tuple(options.guidance_interval)}
+    if composed:
+        if options.classes or options.unlabelled:
+            raise ConfigError("--all-of, --any-of and --none-of exclude --classes and --unlabelled")
+        composed = {name: as_labels(given) for name, given in composed.items()}
+        how["potential"] = pipeline.composed_potential(**composed, guidance_scale=how.pop("guidance_scale"))
+    elif options.classes or (names and not options.unlabelled):
+        class_ids = pipeline.label_ids(as_labels(options.classes or []) or list(names)[:10]).tolist()
     sizes = options.num_images_per_label, options.steps
-    images = sample_rows(pipeline, class_ids, *sizes, seed=options.seed, **guidance)
+    images = sample_rows(pipeline, class_ids, *sizes, seed=options.seed, corrector=options.corrector, **how)
     row_names = None if class_ids is None else [names[i] for i in class_ids]
     options.output.mkdir(parents=True, exist_ok=True)
     save_grid(images, options.output / "grid.png", row_names)
