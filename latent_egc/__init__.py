@@ -4,11 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latent_egc.methods.composition import either_of
+    from latent_egc.methods.correctors import Corrector
     from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
     from latent_egc.objective import EGCLosses, EGCObjective
     from latent_egc.pipelines import EGCCertificationOutput, EGCClassificationOutput, EGCPipeline
 
 __all__ = [
+    "Corrector",
     "EGCCertificationOutput",
     "EGCClassificationOutput",
     "EGCLosses",
@@ -18,6 +21,7 @@ __all__ = [
     "EGCUNet",
     "EnergyModel",
     "EnergyOutput",
+    "either_of",
 ]
 __version__ = "0.1.0"
 
@@ -27,6 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'latent_egc' has no attribute {name!r}")
     homes = dict.fromkeys(("EGCCertificationOutput", "EGCClassificationOutput", "EGCPipeline"), "pipelines")
+    homes |= {"Corrector": "methods.correctors", "either_of": "methods.composition"}
     homes |= {"EGCLosses": "objective", "EGCObjective": "objective"}
     return getattr(import_module(f"latent_egc.{homes.get(name, 'models')}"), name)
 

@@ -1,6 +1,7 @@
 """Sample images: a labelled grid, and every image as a file of its own; or, without a grid, very many.
 
 example: latent-egc sample runs/quickstart --classes 3 8 --num-images-per-label 4 --output samples
+         latent-egc sample runs/quickstart --all-of 3 8 --corrector mala
          accelerate launch -m latent_egc sample runs/quickstart --num-images 50000 --npz --output many
 
 With --num-images the processes of a launcher share the work, and a stopped job goes on where it was.
@@ -40,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
     shares = {"nargs": 2, "type": float, "default": (0.0, 1.0), "metavar": ("START", "STOP")}
     parser.add_argument("--guidance-interval", **shares, help="shares of the noise levels guided in (default 0 1)")
+    for name, meaning in (("all", "at once"), ("any", "one of them"), ("none", "none of them")):
+        parser.add_argument(f"--{name}-of", nargs="+", default=None, metavar="CLASS", help=f"images that are {meaning}")
+    kinds = ("ula", "mala", "hmc")
+    parser.add_argument("--corrector", choices=kinds, default=None, help="chain at each noise level (default: none)")
     parser.add_argument("--seed", type=seed, default=0, help="of the starting noise (default 0)")
     add_device_argument(parser)
 
@@ -50,8 +55,11 @@ def run(options: argparse.Namespace) -> None:
 
     if options.npz and options.num_images is None:
         raise ConfigError("--npz is for many images: it needs --num-images")
+    composed = options.all_of or options.any_of or options.none_of
+    if composed and (options.classes or options.unlabelled or options.num_images is not None):
+        raise ConfigError("--all-of, --any-of and --none-of exclude --classes, --unlabelled and --num-images")
     call = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-    call["guidance_interval"] = tuple(options.guidance_interval)
+    call |= {"guidance_interval": tuple(options.guidance_interval), "corrector": options.corrector}
     if options.num_images is None:
         _write_grid(options, load_pipeline(options.pipeline, options.device), call)
     else:
@@ -63,8 +71,19 @@ def _class_ids(options: argparse.Namespace, pipeline: "EGCPipeline", at_most: in
     names = pipeline.id2label
     if not (options.classes or (names and not options.unlabelled)):
         return None
-    wanted = [int(c) if c.isdigit() and c not in names.values() else c for c in options.classes or []]
-    return pipeline.label_ids(wanted or list(names)[:at_most]).tolist()
+    return pipeline.label_ids(_as_labels(options.classes, pipeline) or list(names)[:at_most]).tolist()
+
+
+def _as_labels(given: list[str] | None, pipeline: "EGCPipeline") -> list[str | int]:
+    """Names as they are, and ids as numbers where no class is called so."""
+    names = pipeline.id2label.values()
+    return [int(label) if label.isdigit() and label not in names else label for label in given or []]
+
+
+def _composed(options: argparse.Namespace, pipeline: "EGCPipeline") -> dict[str, list[str | int]]:
+    """The arguments of `EGCPipeline.composed_potential` that are given."""
+    given = {name: getattr(options, name) for name in ("all_of", "any_of", "none_of")}
+    return {name: _as_labels(labels, pipeline) for name, labels in given.items() if labels}
 
 
 def _write_many(options: argparse.Namespace, call: dict[str, Any]) -> None:
@@ -85,7 +104,11 @@ def _write_grid(options: argparse.Namespace, pipeline: "EGCPipeline", call: dict
     from latent_egc.measuring.sample_sets import file_label
     from latent_egc.training.figures import sample_rows, save_grid
 
-    class_ids = _class_ids(options, pipeline, 10)
+    class_ids = None
+    if composed := _composed(options, pipeline):
+        call["potential"] = pipeline.composed_potential(**composed, guidance_scale=call.pop("guidance_scale"))
+    else:
+        class_ids = _class_ids(options, pipeline, 10)
     images = sample_rows(pipeline, class_ids, options.num_images_per_label, seed=options.seed, **call)
     row_names = None if class_ids is None else [pipeline.id2label[i] for i in class_ids]
     options.output.mkdir(parents=True, exist_ok=True)

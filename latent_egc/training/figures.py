@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import einops
 import matplotlib
@@ -26,6 +27,7 @@ def sample_rows(
     seed: int = 0,
     batch_size: int = 40,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    **options: Any,
 ) -> np.ndarray:
     """Samples in [0, 1], one row a class; the same seed in every call gives the same starting noise.
 
@@ -33,6 +35,7 @@ def sample_rows(
         pipeline: what samples; its progress bar is replaced by one over batches.
         class_ids: one a row; None: unlabelled, `images_per_row` rows.
         num_inference_steps, guidance_scale, guidance_interval: as in the pipeline's call.
+        options: what else the pipeline's call takes, `potential` or `corrector` for example.
         seed: the image in row r, column c starts from `noise_generator(seed, r * images_per_row + c)`.
 
     Returns:
@@ -59,6 +62,7 @@ def sample_rows(
                 generator=generators,
                 output_type="np",
                 batch_size=batch_size,
+                **options,
             ).images
         )
     pipeline.set_progress_bar_config(disable=False)

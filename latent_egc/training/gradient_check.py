@@ -17,8 +17,8 @@ from latent_egc.objective import EGCObjective
 
 # The error of all parameters together, of the gradient's norm, and of the worst one alone. Both are needed: the output
 # layers outweigh all others in a fresh network, so a kernel that spoils every attention by 200 % was seen to move the
-# whole by 1 to 18 %. Where all is right in bf16, 0.2 to 3 % and up to 7 % were measured. TF32, which convolutions use by
-# default on a GPU, rounds to 3 bits more than bf16: 0.1 % was seen.
+# whole by 1 to 18 %. Where all is right in bf16, 0.2 to 3 % and up to 7 % were measured. TF32, which a GPU's
+# convolutions use by default, rounds to 3 bits more than bf16: 0.1 % was seen.
 ALLOWED = {"bf16": (0.1, 0.5), "tf32": (0.02, 0.1), "float32": (1e-3, 1e-2)}
 # Of the whole norm: below it a parameter's own gradient is rounding (a key's bias under softmax has none at all).
 SMALLEST_SHARE = 1e-4

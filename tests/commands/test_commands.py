@@ -181,6 +181,20 @@ def test_sample_unlabelled(pipeline, tmp_path):
         assert len(list(output.glob("row*.png"))) == 4
 
 
+def test_sample_composes_classes_with_a_corrector(pipeline, tmp_path, capsys):
+    grids = []
+    for flags in (["--all-of", "cat", "2", "--none-of", "dog"], ["--all-of", "cat", "2"], ["--any-of", "cat", "2"]):
+        output = tmp_path / f"samples{len(grids)}"
+        arguments = ["sample", pipeline, "--num-images-per-label=2", "--steps=2", "--corrector=mala", *flags]
+        assert main([*arguments, "--output", str(output)]) == 0
+        assert len(list(output.glob("row*.png"))) == 4
+        grids.append((output / "grid.png").read_bytes())
+    assert len(set(grids)) == 3
+    capsys.readouterr()
+    fails(capsys, ["sample", pipeline, "--all-of", "cta"], "unknown class name 'cta' in all_of")
+    fails(capsys, ["sample", pipeline, "--all-of", "cat", "--classes", "dog"], "--none-of exclude --classes")
+
+
 def test_sample_errors(pipeline, tmp_path, capsys):
     fails(capsys, ["sample", pipeline, "--classes", "cta"], "unknown class name 'cta'", "did you mean 'cat'")
     fails(capsys, ["sample", pipeline, "--classes", "3"], "[0, 3)", "3")

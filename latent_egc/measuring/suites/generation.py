@@ -66,7 +66,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     # The class of each sample, equally many of every class.
     labels = None if context.num_classes is None else np.arange(settings.num_samples) % context.num_classes
     samples = sample_images(context, settings, labels)
-    decoded = _reconstructed(context, context.splits.validation, context.rows)
+    decoded = reconstructed(context, context.splits.validation, context.rows)
     metrics: dict[str, Metric] = {}
     notes = [_how_sampled(context, settings, len(samples), len(reference))]
     pictures = []
@@ -127,24 +127,24 @@ def sample_images(context: EvaluationContext, settings: Settings, labels: np.nda
             output_type="pt",
             batch_size=len(positions),
         ).images
-        return _to_uint8(images)
+        return to_uint8(images)
 
     return context.over_in_parts(settings.num_samples, sampled, "sample")
 
 
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images in [0, 1] as an 8-bit file holds them."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _reconstructed(context: EvaluationContext, table: ImageTable, rows: np.ndarray) -> torch.Tensor:
+def reconstructed(context: EvaluationContext, table: ImageTable, rows: np.ndarray) -> torch.Tensor:
     """(M, 3, H, W) uint8: images of a split through the autoencoder and back, as samples are decoded."""
     pipeline = context.pipeline
 
     @torch.no_grad()
     def decoded(positions: range) -> torch.Tensor:
         latents = pipeline.encode(context.pixel_values(table, rows[list(positions)]))
-        return _to_uint8(pipeline.decode(latents).float() / 2 + 0.5)
+        return to_uint8(pipeline.decode(latents).float() / 2 + 0.5)
 
     return context.over(len(rows), decoded, f"autoencoder, {table.name}")
 
@@ -207,7 +207,7 @@ def _agreement(
         rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
         rows = context.readable(train, rows, context.data.skip_corrupt)
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-        classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
+        classifier.fit(_features(context, extractor, reconstructed(context, train, rows)), train.labels[rows])
         predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))
         name = f"logistic regression on {extractor.name}"
         notes.append(f"The judge was trained on {len(rows)} training images that went through the autoencoder.")
