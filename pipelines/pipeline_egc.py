@@ -16,8 +16,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .class_names import ClassLabels
-from .energy_pipeline import EnergyPipeline, StepCallback
-from .images import preprocess_images
+from .editing import EditingPipeline
+from .energy_pipeline import StepCallback
+from .images import preprocess_images, single_images
 from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
 from .schedulers import check_scheduler, step_options
 
@@ -39,8 +40,8 @@ class EGCClassificationOutput(BaseOutput):
     energy: torch.Tensor
 
 
-class EGCPipeline(EnergyPipeline):
-    """Samples and classifies images with one energy network; its components are those of an `EnergyPipeline`."""
+class EGCPipeline(EditingPipeline):
+    """Samples, classifies and edits images with one energy network; its components are those of an `EnergyPipeline`."""
 
     # --- classification ---------------------------------------------------------------------------------------------
 
@@ -69,8 +70,7 @@ class EGCPipeline(EnergyPipeline):
         if batch_size is None:
             batch_size = self._default_image_batch_size()
         check_counts(1, 1, batch_size, 1)
-        given = images if isinstance(images, (list, tuple)) else [images]
-        one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
+        one_by_one = single_images(images)
         starts = range(0, max(1, len(one_by_one)), batch_size)  # none at all is for `preprocess_images` to refuse
         logits, energy = [], []
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:

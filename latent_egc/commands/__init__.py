@@ -16,6 +16,7 @@ VERBS = (
     "train",
     "sample",
     "classify",
+    "edit",
     "evaluate",
     "probe",
     "report",
