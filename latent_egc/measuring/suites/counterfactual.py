@@ -64,6 +64,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         metrics |= {
             f"{name}: the network says another class": context.accuracy(own != before),
             f"{name}: the judge says another class": context.accuracy(judged != seen),
+            f"{name}: both say the same other class": context.accuracy((own != before) & (judged == own)),
             f"{name}: l2 distance of pixels in [0, 1]": context.with_interval(np.mean, far),
         }
         if name == "counterfactual":
@@ -82,7 +83,8 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     }
     notes = [
         "Images are rounded to 8 bits before they are judged. The judge's verdict is compared with what it says of the "
-        "original through the autoencoder. A change that turns the network's verdict alone is an adversarial one.",
+        "original through the autoencoder. A change that turns the network's verdict alone is an adversarial one; a "
+        "judge that noise confuses may say another class of it too, but seldom the network's.",
         f"The attack is PGD with {settings.pgd_steps} steps against the network's verdict, without random start, in "
         f"the smallest l2 ball of {list(settings.l2_eps)} in which it succeeds.",
         *([judge.note] if judge.note else []),
