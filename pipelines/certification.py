@@ -16,7 +16,7 @@ from latent_egc.models.noise_schedule import timesteps_at
 from latent_egc.models.potentials import energy_potential
 
 from .energy_pipeline import EnergyPipeline
-from .images import preprocess_images
+from .images import preprocess_images, single_images
 from .sampling_checks import check_counts, check_start
 
 
@@ -89,7 +89,7 @@ class CertifyingPipeline(EnergyPipeline):
         Raises:
             ValueError: a model without classes, unusable images, or another argument out of range; by name.
         """
-        num_classes, one_by_one = self._num_classes(), _one_by_one(images)
+        num_classes, one_by_one = self._num_classes(), single_images(images)
         if not 1 <= top_k <= num_classes:
             raise ValueError(f"top_k must be in [1, {num_classes}], got {top_k}")
         levels = self._check_levels(timesteps, num_noise_samples)
@@ -172,7 +172,7 @@ class CertifyingPipeline(EnergyPipeline):
             ValueError: a model without classes, unusable images, a sigma beyond the noise schedule, or another argument
                 out of range; by name.
         """
-        num_classes, one_by_one = self._num_classes(), _one_by_one(images)
+        num_classes, one_by_one = self._num_classes(), single_images(images)
         for name, count in (("n0", n0), ("n", n)):
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
@@ -252,12 +252,3 @@ class CertifyingPipeline(EnergyPipeline):
         if not levels or not all(isinstance(t, int) and 0 <= t < num_timesteps for t in levels):
             raise ValueError(f"timesteps must be integers in [0, {num_timesteps}), got {timesteps!r}")
         return levels
-
-
-def _one_by_one(images: PipelineImageInput) -> list:
-    """What may be one image, a batch, or a list of either, as a list of single images. Raises ValueError on none."""
-    given = images if isinstance(images, (list, tuple)) else [images]
-    one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
-    if not one_by_one:
-        raise ValueError("images must hold at least one image, got none")
-    return one_by_one

@@ -20,6 +20,7 @@ from .certification import CertifyingPipeline
 from .class_names import ClassLabels
 from .composition import ComposingPipeline, epsilon_of
 from .correction import Correction, checked_corrector
+from .editing import EditingPipeline
 from .energy_pipeline import StepCallback
 from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
 from .schedulers import check_scheduler, step_options
@@ -37,8 +38,8 @@ class EGCSampleOutput(ImagePipelineOutput):
     acceptance_rates: torch.Tensor | None = None
 
 
-class EGCPipeline(CertifyingPipeline, ComposingPipeline):
-    """Samples and classifies images with one energy network; its components are those of an `EnergyPipeline`."""
+class EGCPipeline(CertifyingPipeline, ComposingPipeline, EditingPipeline):
+    """Samples, classifies and edits images with one energy network; its components are those of an `EnergyPipeline`."""
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ VERBS = (
     "sample",
     "classify",
     "certify",
+    "edit",
     "evaluate",
     "probe",
     "report",

@@ -18,8 +18,8 @@ from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.feature_extractors import Extractor, load_torchscript
+from latent_egc.measuring.judges import reconstructed, to_uint8
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
-from latent_egc.measuring.suites.generation import reconstructed, to_uint8
 from latent_egc.methods.correctors import Corrector
 
 # Images (N, 3, H, W) uint8 -> (N, K), the higher the likelier.
