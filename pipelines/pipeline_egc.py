@@ -7,6 +7,7 @@ weights, so it imports torch, diffusers and the standard library only.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -15,10 +16,13 @@ from diffusers.pipelines import ImagePipelineOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from latent_egc.models.potentials import Potential
+
 from .class_names import ClassLabels
 from .energy_pipeline import EnergyPipeline, StepCallback
+from .guidance import Guidance, GuidanceScale, candidate_scores, scale_at
 from .images import preprocess_images
-from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
+from .sampling_checks import check_counts, check_guidance, check_selection, check_start, latent_length
 from .schedulers import check_scheduler, step_options
 
 
@@ -95,7 +99,7 @@ class EGCPipeline(EnergyPipeline):
         class_labels: ClassLabels | None = None,
         num_images_per_label: int = 1,
         num_inference_steps: int = 50,
-        guidance_scale: float | None = None,
+        guidance_scale: GuidanceScale | None = None,
         classifier_free_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -110,6 +114,11 @@ class EGCPipeline(EnergyPipeline):
         width: int | None = None,
         batch_size: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        auto_guidance_model: Any = None,
+        auto_guidance_scale: float = 1.0,
+        num_candidates: int = 1,
+        select_by: str = "classifier",
     ) -> ImagePipelineOutput | tuple:
         """Samples images.
 
@@ -125,7 +134,8 @@ class EGCPipeline(EnergyPipeline):
             num_images_per_label: images for each label, in the labels' order; without labels, images in all.
             num_inference_steps: scheduler steps, each one forward and one backward pass.
             guidance_scale: weight of the classifier's gradient; 0 = off (only with a class embedding), 1 = p(z | y),
-                more = sharper. None: the value stored with the pipeline.
+                more = sharper; or a function of the noise level in [0, 1], 0 for clean images. None: the value stored
+                with the pipeline.
             classifier_free_scale: weight of the energy at the labels against the energy without them; 1 is the former
                 alone, more is classifier-free guidance, 0 the latter alone. Needs a model with class embedding.
             generator: one for all images, or one an image (an image then does not depend on its batch).
@@ -140,8 +150,19 @@ class EGCPipeline(EnergyPipeline):
             eta: DDIM's share of noise in each step, 0 = none; for schedulers that take it.
             height, width: of the images, in pixels; None: `image_size`.
             batch_size: images sampled at once; None: what memory surely holds, by their size.
-            guidance_interval: where both guidances act, lowest and highest noise level as shares of all timesteps
-                (Kynkaanniemi et al., arXiv 2404.07724); elsewhere a step costs 2 units with a class embedding too.
+            guidance_interval: where every guidance acts, lowest and highest noise level as shares of all timesteps
+                (Kynkaanniemi et al., arXiv 2404.07724); elsewhere a step costs 2 units, whatever it costs here.
+            guidance_rescale: share in [0, 1] of the way on which the guided epsilon's standard deviation is brought to
+                the unguided one's (Lin et al., arXiv 2305.08891); more than 0 adds 2 units to a guided step.
+            auto_guidance_model: an `EGCPipeline` or its energy network, smaller or trained for less long, which this
+                one is led away from. A guided step is as many units of it besides, at the same labels and scales.
+            auto_guidance_scale: how far: 0 is the weaker model, 1 this one, more is beyond (Karras et al., NeurIPS
+                2024). Only with a weaker model, and then not 1.
+            num_candidates: how many are drawn for each image that is returned: so many times the steps, and with
+                several one forward pass each. A generator draws all images' first candidates, as it would without
+                others, then their second. The callback sees them all.
+            select_by: which candidate is returned, by the clean latents at timestep 0: "classifier" the one with the
+                largest log p(y | z), "density" with the lowest energy, "both" with the largest log p(z, y).
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)`.
@@ -159,66 +180,108 @@ class EGCPipeline(EnergyPipeline):
         config = self.energy_model.config
         check_counts(num_images_per_label, num_inference_steps, batch_size, config.num_train_timesteps)
         num_images = num_images_per_label * (1 if labels is None else len(labels))
-        size = [
-            latent_length(name, pixels, self.vae_scale_factor, self.energy_model.size_divisor)
-            for name, pixels in (("height", height), ("width", width))
-        ]
-        check_scales(self.energy_model, labels, guidance_scale, classifier_free_scale)
-        check_interval(guidance_interval)
-        check_start(generator, latents, num_images, tuple(size))
+        size = self._latent_size(height, width)
+        guidance = classifier_free_scale, guidance_interval, guidance_rescale, auto_guidance_model, auto_guidance_scale
+        check_guidance(self.energy_model, labels, guidance_scale, *guidance)
+        check_selection(labels, latents, num_candidates, select_by)
+        check_start(generator, latents, num_images, size)
         check_scheduler(self.scheduler, self.energy_model)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
 
-        device = self._execution_device
         if labels is not None:
-            labels = labels.repeat_interleave(num_images_per_label).to(device)
-        # At least float32, whatever the weights' type: the steps of a solver add up many small differences.
-        dtype = torch.promote_types(self.energy_model.dtype, torch.float32)
-        if latents is None:
-            shape = (num_images, config.in_channels, *(length or config.sample_size for length in size))
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device, dtype)
-
+            labels = labels.repeat_interleave(num_images_per_label).to(self._execution_device)
         call = self._own_call()
-        batch_size = batch_size or self._default_batch_size(*latents.shape[-2:])
-        images = []
-        for start in range(0, num_images, batch_size):
-            rows = slice(start, start + batch_size)
-            self._set_steps(call, num_inference_steps, timesteps, sigmas)
-            call._guidance_scale = self._guidance_scale = guidance_scale
-            found = call._denoise(
-                latents[rows] * call.scheduler.init_noise_sigma,
-                call._guided_epsilon(
-                    None if labels is None else labels[rows], classifier_free_scale, guidance_interval
-                ),
-                step_options(call.scheduler, generator[rows] if isinstance(generator, list) else generator, eta),
-                callback=callback_on_step_end,
-                callback_inputs=callback_on_step_end_tensor_inputs,
-                interrupted=lambda: call.interrupt or self.interrupt,
-            )
-            images.append(found if output_type == "latent" else self._decode_in_slices(found))
+
+        def draw() -> torch.Tensor:
+            noise, found = self._starting_noise(num_images, size, generator, latents), []
+            at_once = batch_size or self._default_batch_size(*noise.shape[-2:])
+            for start in range(0, num_images, at_once):
+                rows = slice(start, start + at_once)
+                self._set_steps(call, num_inference_steps, timesteps, sigmas)
+                call._guidance_scale = self._guidance_scale = guidance_scale
+                part = call._denoise(
+                    noise[rows] * call.scheduler.init_noise_sigma,
+                    call._guided_epsilon(None if labels is None else labels[rows], *guidance),
+                    step_options(call.scheduler, generator[rows] if isinstance(generator, list) else generator, eta),
+                    callback=callback_on_step_end,
+                    callback_inputs=callback_on_step_end_tensor_inputs,
+                    interrupted=lambda: call.interrupt or self.interrupt,
+                )
+                found.append(part)
+            return torch.cat(found)
+
+        images = draw() if num_candidates == 1 else self._best_of(num_candidates, draw, labels, select_by, call)
         self._guidance_scale = call.guidance_scale
-        images = torch.cat(images)
         if output_type != "latent":
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            images = self.image_processor.postprocess(self._decode_in_slices(images), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        """Height and width of latents, where those of the images are given in pixels. Raises ValueError by name."""
+        factors = self.vae_scale_factor, self.energy_model.size_divisor
+        return latent_length("height", height, *factors), latent_length("width", width, *factors)
+
+    def _starting_noise(
+        self,
+        num_images: int,
+        size: tuple[int | None, int | None],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(N, C, h, w) standard normal: `latents` if given, else drawn. For `size` see `_latent_size`."""
+        # At least float32, whatever the weights' type: the steps of a solver add up many small differences.
+        dtype, device = torch.promote_types(self.energy_model.dtype, torch.float32), self._execution_device
+        if latents is not None:
+            return latents.to(device, dtype)
+        config = self.energy_model.config
+        shape = (num_images, config.in_channels, *(length or config.sample_size for length in size))
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    def _best_of(
+        self,
+        num_candidates: int,
+        draw: Callable[[], torch.Tensor],
+        labels: torch.Tensor | None,
+        select_by: str,
+        call: EnergyPipeline,
+    ) -> torch.Tensor:
+        """For each of N images the best of its candidates; of those that are finished, where a call is interrupted.
+
+        Args:
+            num_candidates: of each image, 1 unit each to judge.
+            draw: gives a candidate of every image, clean latents (N, C, h, w).
+            labels, select_by: (N,), see `candidate_scores`.
+            call: see `_own_call`.
+        """
+        candidates, scores = [], []
+        while len(candidates) < num_candidates and not (call.interrupt or self.interrupt):
+            candidates.append(draw())
+        if (call.interrupt or self.interrupt) and len(candidates) > 1:
+            candidates.pop()
+        at_once, best = self._default_batch_size(*candidates[0].shape[-2:]), []
+        for start in range(0, len(candidates[0]), at_once):
+            rows = slice(start, start + at_once)
+            labels_of_rows = None if labels is None else labels[rows]
+            scores = [candidate_scores(self.energy_model, one[rows], labels_of_rows, select_by) for one in candidates]
+            best.append(torch.stack(scores).argmax(dim=0))
+        best = torch.cat(best)
+        return torch.stack(candidates)[best, torch.arange(len(best), device=best.device)]
+
+    def _guidance(self, labels: torch.Tensor | None, *options: Any, **named: Any) -> Guidance:
+        """What guides this call's steps; `options` are those of `Guidance` behind its `guidance_scale`."""
+        return Guidance(
+            self.energy_model, labels, lambda level: scale_at(self.guidance_scale, level), *options, **named
+        )
+
     def _guided_epsilon(
-        self, labels: torch.Tensor | None, classifier_free_scale: float, guidance_interval: tuple[float, float]
+        self, labels: torch.Tensor | None, *options: Any, **named: Any
     ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """What gives a call's steps their epsilon; see `__call__`."""
+        """What gives a call's steps their epsilon, from noisy latents and a timestep; see `_guidance`."""
+        return self._guidance(labels, *options, **named).epsilon
 
-        def epsilon_at(noisy_latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            noise_level = float(timestep / self.energy_model.config.num_train_timesteps)
-            guided = guidance_interval[0] <= noise_level <= guidance_interval[1]
-            return self.energy_model.epsilon(
-                noisy_latents,
-                timestep,
-                labels,
-                guidance_scale=self.guidance_scale if guided else 0.0,
-                # Unguided is the energy that sees the label, if it was to see one at all.
-                classifier_free_scale=classifier_free_scale if guided else float(classifier_free_scale != 0),
-            )
-
-        return epsilon_at
+    def _guided_potential(
+        self, labels: torch.Tensor | None, *options: Any, **named: Any
+    ) -> Callable[[torch.Tensor], Potential]:
+        """What gives a call's steps their potential, from a timestep; see `_guidance`."""
+        return self._guidance(labels, *options, **named).potential

@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
     shares = {"nargs": 2, "type": float, "default": (0.0, 1.0), "metavar": ("START", "STOP")}
     parser.add_argument("--guidance-interval", **shares, help="shares of the noise levels guided in (default 0 1)")
+    parser.add_argument("--num-candidates", type=positive_integer, default=1, help="drawn for each image (default 1)")
+    ways = {"choices": ("classifier", "density", "both"), "default": "classifier"}
+    parser.add_argument("--select-by", **ways, help="which candidate is kept (default classifier)")
+    parser.add_argument("--solver", default=None, help="such as UniPC or DPM-Solver++(2M); default: the pipeline's own")
     parser.add_argument("--seed", type=seed, default=0, help="of the starting noise (default 0)")
     add_device_argument(parser)
 
@@ -37,15 +41,19 @@ def run(options: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
+    from latent_egc.pipelines.schedulers import solver
     from latent_egc.training.figures import sample_rows, save_grid
 
     pipeline = load_pipeline(options.pipeline, options.device)
+    if options.solver is not None:
+        pipeline.scheduler = solver(options.solver, pipeline.scheduler)
     names = pipeline.id2label
     class_ids = None
     if options.classes or (names and not options.unlabelled):
         wanted = [int(c) if c.isdigit() and c not in names.values() else c for c in options.classes or []]
         class_ids = pipeline.label_ids(wanted or list(names)[:10]).tolist()
     guidance = {"guidance_scale": options.guidance_scale, "guidance_interval": tuple(options.guidance_interval)}
+    guidance |= {"num_candidates": options.num_candidates, "select_by": options.select_by}
     sizes = options.num_images_per_label, options.steps
     images = sample_rows(pipeline, class_ids, *sizes, seed=options.seed, **guidance)
     row_names = None if class_ids is None else [names[i] for i in class_ids]

@@ -4,38 +4,26 @@ Samples are rounded to 8 bits as saved images are, and compared with the trainin
 images that only went through the autoencoder say what the autoencoder costs.
 """
 
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import einops
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from latent_egc.config import ConfigError, file_path, within
-from latent_egc.data.sources import ImageTable
-from latent_egc.data.stream import noise_generator
+from latent_egc.config import within
 from latent_egc.measuring import feature_extractors, plots
 from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.feature_extractors import Extractor
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
+from latent_egc.measuring.sample_quality import InstrumentSettings, SampleQuality, sample_images, too_few
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(InstrumentSettings):
     """Samples against the training split."""
 
-    # DINOv2 of transformers (Hub id or folder), inception, or TorchScript files: programs, which can write files.
-    features: tuple[str, ...] = file_path(())
-    # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
-    judge: str | None = file_path()
     num_samples: int = within(1000, 5)
-    num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
-    num_judge_images: int = within(1000, 10)  # training images for the linear judge
     num_inference_steps: int = within(50, 1)
     guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
     kid_subsets: int = within(100, 1)
@@ -51,41 +39,19 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     Raises:
         ConfigError: no extractor, weights that cannot be loaded, or a judge of other classes.
     """
-    device = context.accelerator.device
-    if not settings.features:
-        raise ConfigError(
-            "generation.features must name at least one extractor: a TorchScript file, images (N, 3, H, W) in [0, 1] "
-            "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
-        )
-    extractors = [feature_extractors.load_extractor(source, device) for source in settings.features]
-    judge = None if settings.judge is None else _load_judge(context, settings.judge)
-    train = context.splits.train
-    reference = context.choose(np.arange(len(train)), settings.num_reference_images)
-    reference = context.readable(train, reference, context.data.skip_corrupt)
-
+    quality = SampleQuality(context, settings, "generation")
     # The class of each sample, equally many of every class.
     labels = None if context.num_classes is None else np.arange(settings.num_samples) % context.num_classes
-    samples = sample_images(context, settings, labels)
-    decoded = _reconstructed(context, context.splits.validation, context.rows)
+    arguments = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    samples = sample_images(context, settings.num_samples, labels, **arguments)
     metrics: dict[str, Metric] = {}
-    notes = [_how_sampled(context, settings, len(samples), len(reference))]
+    notes = [_how_sampled(context, settings, len(samples), len(quality.reference))]
     pictures = []
-    for number, extractor in enumerate(extractors):
-        real = context.over_in_parts(
-            len(reference),
-            lambda batch, e=extractor: e(context.pixel_values(train, reference[list(batch)]) / 2 + 0.5),
-            f"{extractor.name}, {train.name}",
-        ).numpy()
-        generated, floor = (_features(context, extractor, images) for images in (samples, decoded))
+    for number, extractor in enumerate(quality.extractors):
+        real = quality.real_features(extractor)
+        generated, floor = (quality.features(extractor, images) for images in (samples, quality.decoded))
         for what, found in (("samples", generated), ("validation images", floor)):
-            few = min(len(found), len(real))
-            if few <= found.shape[1]:
-                message = (
-                    f"FD-{extractor.name}: {few} {what} for {found.shape[1]} feature dimensions; the covariance is "
-                    f"singular and the distance too large, take more than {found.shape[1]}"
-                )
-                warnings.warn(message, stacklevel=2)
-                notes.append(message + ".")
+            notes += too_few(extractor, what, min(len(found), len(real)), found.shape[1])
         metrics |= _distances(context, settings, extractor.name, real, generated)
         distance = Metric(feature_extractors.frechet_distance(real, floor))
         metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = distance
@@ -94,68 +60,14 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             score, deviation = feature_extractors.inception_score(logits, context.settings.seed)
             metrics |= {"Inception score": Metric(score), "Inception score, deviation over parts": Metric(deviation)}
         if number == 0:
-            pictures.append(_neighbours(context, extractor, samples, generated, real, reference))
+            first = generated
+            pictures.append(_neighbours(context, extractor, samples, generated, real, quality.reference))
     if labels is not None:
-        metrics |= _agreement(context, settings, extractors[0], judge, samples, labels, decoded, notes)
+        agreement = context.accuracy(quality.predicted(samples, first) == labels)
+        metrics[f"class agreement by {quality.judge_name}"] = agreement
+        metrics["the judge's accuracy on decoded validation images"] = quality.judge_accuracy
+        notes += quality.judge_notes
     return SuiteResult(len(samples), metrics, figures=[_grid(context, samples, labels), *pictures], notes=notes)
-
-
-def _load_judge(context: EvaluationContext, path: str) -> Extractor:
-    """A TorchScript classifier, which must have the pipeline's number of classes."""
-    device, size = context.accelerator.device, context.pipeline.image_size
-    judge = Extractor(Path(path).stem, feature_extractors.load_torchscript(path, "generation.judge", device))
-    num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
-    if num_logits != context.num_classes:
-        raise ConfigError(
-            f"generation.judge: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}"
-        )
-    return judge
-
-
-def sample_images(context: EvaluationContext, settings: Settings, labels: np.ndarray | None) -> torch.Tensor:
-    """(N, 3, H, W) uint8; sample i starts from noise that is a function of (seed, i)."""
-    pipeline = context.pipeline
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sampled(positions: range) -> torch.Tensor:
-        images = pipeline(
-            None if labels is None else [int(labels[i]) for i in positions],
-            num_images_per_label=len(positions) if labels is None else 1,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[noise_generator(context.settings.seed, i) for i in positions],
-            output_type="pt",
-            batch_size=len(positions),
-        ).images
-        return _to_uint8(images)
-
-    return context.over_in_parts(settings.num_samples, sampled, "sample")
-
-
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1] as an 8-bit file holds them."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _reconstructed(context: EvaluationContext, table: ImageTable, rows: np.ndarray) -> torch.Tensor:
-    """(M, 3, H, W) uint8: images of a split through the autoencoder and back, as samples are decoded."""
-    pipeline = context.pipeline
-
-    @torch.no_grad()
-    def decoded(positions: range) -> torch.Tensor:
-        latents = pipeline.encode(context.pixel_values(table, rows[list(positions)]))
-        return _to_uint8(pipeline.decode(latents).float() / 2 + 0.5)
-
-    return context.over(len(rows), decoded, f"autoencoder, {table.name}")
-
-
-def _features(context: EvaluationContext, extractor: Extractor, images: torch.Tensor) -> np.ndarray:
-    """(N, D) of 8-bit images (N, 3, H, W)."""
-
-    def features(batch: range) -> torch.Tensor:
-        return extractor(images[list(batch)].to(context.accelerator.device) / 255)
-
-    return context.over(len(images), features, extractor.name).numpy()
 
 
 def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: int, num_reference: int) -> str:
@@ -181,39 +93,6 @@ def _distances(
         f"KID-{name}, deviation over subsets": Metric(deviation),
         f"precision-{name}": Metric(precision, percent=True),
         f"recall-{name}": Metric(recall, percent=True),
-    }
-
-
-def _agreement(
-    context: EvaluationContext,
-    settings: Settings,
-    extractor: Extractor,
-    judge: Extractor | None,
-    samples: torch.Tensor,
-    labels: np.ndarray,
-    decoded: torch.Tensor,
-    notes: list[str],
-) -> dict[str, Metric]:
-    """Share of samples to which an independent judge gives the requested class, and the judge's own accuracy.
-
-    Without a judge one is made: a logistic regression on the first extractor's features of training images, decoded
-    through the autoencoder as the samples are.
-    """
-    if judge is not None:
-        predicted, own = (_features(context, judge, images).argmax(axis=1) for images in (samples, decoded))
-        name = judge.name
-    else:
-        train = context.splits.train
-        rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
-        rows = context.readable(train, rows, context.data.skip_corrupt)
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-        classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
-        predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))
-        name = f"logistic regression on {extractor.name}"
-        notes.append(f"The judge was trained on {len(rows)} training images that went through the autoencoder.")
-    return {
-        f"class agreement by {name}": context.accuracy(predicted == labels),
-        "the judge's accuracy on decoded validation images": context.accuracy(own == context.labels),
     }
 
 
