@@ -28,7 +28,7 @@ class Settings(InstrumentSettings):
     """Every scale with every interval."""
 
     guidance_scales: tuple[float, ...] = within((1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 0.0)
-    guidance_intervals: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.1, 0.6), (0.3, 0.8))
+    guidance_intervals: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.1, 0.8), (0.4, 1.0))
     classifier_free_scale: float = 1.0  # of all of them; only with a class embedding
     num_candidates: int = within(4, 1)  # drawn at the first scale, guided everywhere; 1: no selection
     select_by: tuple[Literal["classifier", "density", "both"], ...] = ("classifier", "density", "both")
@@ -113,20 +113,20 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
 
 
 def _ways(context: EvaluationContext, settings: Settings) -> list[Guided]:
-    """Every scale with every interval, and selection. Raises ConfigError, naming the key, on what cannot be sampled."""
+    """Every interval with every scale, and selection. Raises ConfigError, naming the key, on what cannot be sampled."""
     for key in ("guidance_scales", "guidance_intervals"):
         if not getattr(settings, key):
             raise ConfigError(f"guidance.{key} must not be empty")
-    pairs = list(itertools.product(settings.guidance_scales, settings.guidance_intervals))
+    pairs = list(itertools.product(settings.guidance_intervals, settings.guidance_scales))
     label = torch.zeros(1, dtype=torch.long)
-    for scale, interval in pairs:
+    for interval, scale in pairs:
         try:
             check_guidance(context.model, label, scale, settings.classifier_free_scale, interval)
         except ValueError as error:
             raise ConfigError(f"guidance: {error}") from error
     selections = settings.select_by if settings.num_candidates > 1 else ()
     return [
-        *(Guided(*pair) for pair in pairs),
+        *(Guided(scale, interval) for interval, scale in pairs),
         *(Guided(settings.guidance_scales[0], (0.0, 1.0), settings.num_candidates, by) for by in selections),
     ]
 

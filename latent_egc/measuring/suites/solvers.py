@@ -172,4 +172,4 @@ def _curves(ways: Sequence[Solved], found: Sequence[Quality], best: int) -> byte
             x.append(way.num_evaluations)
             y.append(value)
     marked = {quantity: (ways[best].num_evaluations, values[best]) for quantity, values in quantities.items()}
-    return plots.panels(curves, "evaluations of the network", marked)
+    return plots.panels(curves, "evaluations of the network", marked, logarithmic=("Frechet distance",))
