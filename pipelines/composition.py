@@ -1,6 +1,7 @@
 """Sampling what classes and networks have in common, in either of them, or not."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from latent_egc.models.potentials import Potential, energy_potential, input_grad
 
 from .class_names import ClassLabels, label_ids
 from .energy_pipeline import EnergyPipeline
+from .guidance import Guidance
 from .schedulers import check_scheduler
 
 CLASS_TERMS = {"all_of": all_classes, "any_of": any_class, "none_of": no_class}
@@ -107,12 +109,21 @@ class ComposingPipeline(EnergyPipeline):
         return self(potential=potential, num_images_per_label=num_images, **options)
 
     def _check_potential(
-        self, potential: Potential | None, class_labels: ClassLabels | None, guidance_interval: tuple[float, float]
+        self, potential: Potential | None, class_labels: ClassLabels | None, guidance: tuple[Any, ...]
     ) -> None:
-        """Raises ValueError for a potential that this pipeline cannot sample, or what cannot be given beside one."""
+        """Raises ValueError for a potential that this pipeline cannot sample, or what cannot be given beside one.
+
+        Args:
+            potential: as in `EGCPipeline.__call__`.
+            class_labels: likewise.
+            guidance: the other arguments of a `Guidance`, in their order.
+        """
         if potential is None:
             return
-        excluded = {"class_labels": class_labels is not None, "guidance_interval": tuple(guidance_interval) != (0, 1)}
+        defaults = {field.name: field.default for field in fields(Guidance)}
+        excluded = {"class_labels": class_labels is not None}
+        for name, value in zip(list(defaults)[-len(guidance) :], guidance, strict=True):
+            excluded[name] = (tuple(value) if isinstance(value, list) else value) != defaults[name]
         for name, given in excluded.items():
             if given:
                 raise ValueError(f"potential and {name} exclude each other: what is sampled is the potential's density")

@@ -12,14 +12,19 @@ from latent_egc.models.potentials import Potential
 OWN_LATENTS = ("last_sample", "cur_sample")
 
 
-def checked_corrector(corrector: Corrector | str | None, scheduler: SchedulerMixin) -> Corrector | None:
+def checked_corrector(
+    corrector: Corrector | str | None, scheduler: SchedulerMixin, guidance_rescale: float = 0.0
+) -> Corrector | None:
     """A corrector, by its kind with the other values as they are by default, or None.
 
     Raises:
-        ValueError: an unknown kind, or a scheduler that would forget a correction.
+        ValueError: an unknown kind, a scheduler that would forget a correction, or a rescaled guidance, which is no
+            potential's gradient.
     """
     if corrector is None:
         return None
+    if guidance_rescale != 0:
+        raise ValueError(f"corrector and guidance_rescale={guidance_rescale} exclude each other: no density has it")
     name = type(scheduler).__name__
     if any(hasattr(scheduler, attribute) for attribute in OWN_LATENTS):
         raise ValueError(

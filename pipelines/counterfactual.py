@@ -90,9 +90,9 @@ class Counterfactuals(EditingSteps):
         pixels = crop_images(images, self.image_size).float().cpu()
         before = self.classify(pixels, batch_size=batch_size).logits
         asked = before.topk(2).indices[:, 1] if class_labels is None else class_labels
-        guidance = self._guidance(len(original), asked, guidance_scale)
+        guidance = self._editing_guidance(len(original), asked, guidance_scale)
         asked, before = guidance.labels.cpu(), before.argmax(dim=1)
-        unguided = self._guidance(len(original))
+        unguided = self._editing_guidance(len(original))
         noise = self._up(original, unguided, num_inference_steps, strength, batch_size)
 
         autoencoder_distance = l2_distance(self._decode_to_unit_range(original).cpu(), pixels)

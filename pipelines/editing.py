@@ -71,7 +71,9 @@ class EditingPipeline(Counterfactuals):
             ValueError: an argument that does not fit, by name.
         """
         original = self._begin(image, output_type, num_inference_steps, batch_size, strength)
-        guidance = self._guidance(len(original), class_labels, guidance_scale, classifier_free_scale, guidance_interval)
+        guidance = self._editing_guidance(
+            len(original), class_labels, guidance_scale, classifier_free_scale, guidance_interval
+        )
         edited = self._renoise(original, None, guidance, strength, num_inference_steps, generator, batch_size)
         return self._finish(edited, output_type, return_dict)
 
@@ -116,7 +118,9 @@ class EditingPipeline(Counterfactuals):
         """
         masks = crop_masks(mask_image, image, self.image_size)
         original = self._begin(image, output_type, num_inference_steps, batch_size, strength)
-        guidance = self._guidance(len(original), class_labels, guidance_scale, classifier_free_scale, guidance_interval)
+        guidance = self._editing_guidance(
+            len(original), class_labels, guidance_scale, classifier_free_scale, guidance_interval
+        )
         marked = F.max_pool2d(masks.float(), self.vae_scale_factor).to(original.device) > 0
         edited = self._renoise(original, marked, guidance, strength, num_inference_steps, generator, batch_size)
         if not paste or output_type == "latent":
@@ -199,7 +203,7 @@ class EditingPipeline(Counterfactuals):
         if not isinstance(num_refinements, int) or num_refinements < 0:
             raise ValueError(f"num_refinements must be at least 0, got {num_refinements!r}")
         original = self._begin(images, "latent", num_inference_steps, batch_size)
-        guidance = self._guidance(len(original), class_labels, guidance_scale)
+        guidance = self._editing_guidance(len(original), class_labels, guidance_scale)
         noise = self._up(original, guidance, num_inference_steps, 1.0, batch_size, num_refinements)
         self.maybe_free_model_hooks()
         return noise
@@ -219,7 +223,7 @@ class EditingPipeline(Counterfactuals):
         `invert` and `image_to_image`.
         """
         original = self._begin(images, output_type, num_inference_steps, batch_size)
-        unguided = self._guidance(len(original))
+        unguided = self._editing_guidance(len(original))
         noise = self._up(original, unguided, num_inference_steps, 1.0, batch_size)
         edited = self._down(noise, unguided, num_inference_steps, 1.0, batch_size)
         return self._finish(edited, output_type, return_dict)
@@ -262,7 +266,10 @@ class EditingPipeline(Counterfactuals):
         num_pairs = len(ends[0])
         if len(ends[1]) != num_pairs:
             raise ValueError(f"image_b must be as many images as image_a, {num_pairs}, got {len(ends[1])}")
-        guidance, unguided = self._guidance(num_pairs, class_labels, guidance_scale), self._guidance(num_pairs)
+        guidance, unguided = (
+            self._editing_guidance(num_pairs, class_labels, guidance_scale),
+            self._editing_guidance(num_pairs),
+        )
         guidance = guidance.of(torch.arange(num_pairs).repeat_interleave(num_images))
         first, second = (self._up(latents, unguided, num_inference_steps, 1.0, batch_size) for latents in ends)
         between = slerp(first, second, torch.linspace(0, 1, num_images)).flatten(0, 1)
@@ -304,8 +311,8 @@ class EditingPipeline(Counterfactuals):
         if class_labels is None:
             raise ValueError("edit_class needs class_labels, got None")
         original = self._begin(image, output_type, num_inference_steps, batch_size, strength)
-        guidance = self._guidance(len(original), class_labels, guidance_scale)
-        unguided = self._guidance(len(original))
+        guidance = self._editing_guidance(len(original), class_labels, guidance_scale)
+        unguided = self._editing_guidance(len(original))
         noise = self._up(original, unguided, num_inference_steps, strength, batch_size)
         edited = self._down(noise, guidance, num_inference_steps, strength, batch_size)
         return self._finish(edited, output_type, return_dict)

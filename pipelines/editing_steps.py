@@ -51,7 +51,7 @@ class EditingSteps(EnergyPipeline):
         parts = pixel_values.split(batch_size or self._default_image_batch_size())
         return torch.cat([self.encode(part.to(self._execution_device)).to(dtype) for part in parts])
 
-    def _guidance(
+    def _editing_guidance(
         self,
         num_images: int,
         class_labels: ClassLabels | None = None,

@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from latent_egc.models.weights import align_weights, check_weights
 
 from .class_names import ClassLabels, label_ids
+from .guidance import GuidanceScale
 from .latents import decode_latents, latent_channels, latent_moments, scale_latents, vae_scale_factor
 from .schedulers import check_scheduler, set_timesteps
 from .self_contained import SelfContainedPipeline
@@ -89,7 +90,7 @@ class EnergyPipeline(SelfContainedPipeline):
         return self.energy_model.config.sample_size * self.vae_scale_factor
 
     @property
-    def guidance_scale(self) -> float:
+    def guidance_scale(self) -> GuidanceScale:
         """The classifier's weight in the running or last call. A callback may set `_guidance_scale` of its pipeline."""
         return self._guidance_scale
 

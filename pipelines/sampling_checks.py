@@ -1,9 +1,12 @@
 """The arguments of a call that samples: what fits, and what is named where it does not."""
 
 import math
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
+
+from .guidance import GuidanceScale, network_of, scale_at
 
 
 def check_counts(num_images_per_label: int, num_inference_steps: int, batch_size: int | None, num_train: int) -> None:
@@ -13,6 +16,69 @@ def check_counts(num_images_per_label: int, num_inference_steps: int, batch_size
             raise ValueError(f"{name} must be at least 1, got {count!r}")
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train:
         raise ValueError(f"num_inference_steps must be in [1, {num_train}], got {num_inference_steps!r}")
+
+
+def check_guidance(
+    energy_model: ModelMixin,
+    labels: torch.Tensor | None,
+    guidance_scale: GuidanceScale,
+    classifier_free_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+    auto_guidance_model: Any = None,
+    auto_guidance_scale: float = 1.0,
+) -> None:
+    """Raises ValueError unless these guide, see `Guidance`; a scale of the noise level is asked at every timestep."""
+    if callable(guidance_scale):
+        num_timesteps = energy_model.config.num_train_timesteps
+        scales = [scale_at(guidance_scale, timestep / num_timesteps) for timestep in range(num_timesteps)]
+        wrong = next((scale for scale in scales if not (math.isfinite(scale) and scale >= 0)), None)
+        guidance_scale = max(scales) if wrong is None else wrong
+    check_scales(energy_model, labels, guidance_scale, classifier_free_scale)
+    check_interval(guidance_interval)
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
+    check_auto_guidance(energy_model, auto_guidance_model, auto_guidance_scale)
+
+
+def check_auto_guidance(energy_model: ModelMixin, auto_guidance_model: Any, auto_guidance_scale: float) -> None:
+    """Raises ValueError unless there is no weaker model and no scale, or both, and the model fits the stronger one."""
+    if not math.isfinite(auto_guidance_scale):
+        raise ValueError(f"auto_guidance_scale must be finite, got {auto_guidance_scale}")
+    if auto_guidance_model is None:
+        if auto_guidance_scale != 1:
+            raise ValueError(f"auto_guidance_scale={auto_guidance_scale} needs auto_guidance_model, got None")
+        return
+    weaker = network_of(auto_guidance_model)
+    if not callable(getattr(weaker, "potential", None)):
+        kind = type(auto_guidance_model).__name__
+        raise ValueError(f"auto_guidance_model must be an EnergyModel or an EGCPipeline, got {kind}")
+    if auto_guidance_scale == 1:
+        raise ValueError("auto_guidance_scale=1 would ignore auto_guidance_model; more than 1 leads away from it")
+    for field in ("num_classes", "class_embedding", "in_channels", "sample_size"):
+        own, other = energy_model.config[field], weaker.config[field]
+        if own != other:
+            raise ValueError(f"auto_guidance_model has {field}={other}, the pipeline's network has {own}")
+    own, other = (model.alphas_cumprod.float().cpu() for model in (energy_model, weaker))
+    if own.shape != other.shape or not torch.allclose(own, other, atol=1e-5):
+        raise ValueError("auto_guidance_model has another noise schedule than the pipeline's network")
+    # Offloaded weights come to where they are needed; others stay where they are.
+    if not any(hasattr(model, "_hf_hook") for model in (energy_model, weaker)) and energy_model.device != weaker.device:
+        raise ValueError(f"auto_guidance_model is on {weaker.device}, the pipeline's network on {energy_model.device}")
+
+
+def check_selection(
+    labels: torch.Tensor | None, latents: torch.Tensor | None, num_candidates: int, select_by: str
+) -> None:
+    """Raises ValueError unless so many candidates can be drawn for an image, and judged so."""
+    if not isinstance(num_candidates, int) or num_candidates < 1:
+        raise ValueError(f"num_candidates must be at least 1, got {num_candidates!r}")
+    if select_by not in ("classifier", "density", "both"):
+        raise ValueError(f"select_by must be 'classifier', 'density' or 'both', got {select_by!r}")
+    if num_candidates > 1 and latents is not None:
+        raise ValueError(f"num_candidates={num_candidates} draws starting noise of its own, leave latents out")
+    if num_candidates > 1 and labels is None and select_by != "density":
+        raise ValueError(f"select_by={select_by!r} needs class_labels, got None; 'density' does not")
 
 
 def check_scales(

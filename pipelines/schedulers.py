@@ -5,7 +5,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+# Solvers by the names of their papers.
+SOLVERS: dict[str, type[SchedulerMixin]] = {
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++(2M)": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+    "Heun": HeunDiscreteScheduler,
+    "Euler": EulerDiscreteScheduler,
+}
+
+
+def solver(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A solver of `SOLVERS` on a scheduler's noise schedule.
+
+    It starts at the last timestep, which few steps with the spacing "leading" of DDIM's leave out.
+
+    Raises:
+        ValueError: no such solver.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"there is no solver {name!r}, only {', '.join(SOLVERS)}")
+    return SOLVERS[name].from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def default_scheduler(energy_model: ModelMixin) -> DDIMScheduler:

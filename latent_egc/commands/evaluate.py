@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="EXTRACTOR",
-        help="of the suite generation (generation.features): DINOv2 of transformers, inception, or TorchScript files, "
-        "which are programs and can write files: only from those whom you trust",
+        help="of the suites generation, guidance and solvers (SUITE.features): DINOv2 of transformers, inception, or "
+        "TorchScript files, which are programs and can write files: only from those whom you trust",
     )
 
 
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
     with extra_packages():
         from latent_egc.measuring.study import EvaluationSettings, evaluate
 
-    features = [f"generation.features={json.dumps(options.features)}"] if options.features else []
+    judges_samples = ("generation", "guidance", "solvers") if options.features else ()
+    features = [f"{suite}.features={json.dumps(options.features)}" for suite in judges_samples]
     settings = EvaluationSettings.parse([*features, *options.set])
     data, folder = data_and_folder(options, "evaluation")
     accelerator = Accelerator()

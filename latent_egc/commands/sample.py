@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-of", nargs="+", default=None, metavar="CLASS", help=f"images that are {meaning}")
     kinds = ("ula", "mala", "hmc")
     parser.add_argument("--corrector", choices=kinds, default=None, help="chain at each noise level (default: none)")
+    parser.add_argument("--num-candidates", type=positive_integer, default=1, help="drawn for each image (default 1)")
+    ways = {"choices": ("classifier", "density", "both"), "default": "classifier"}
+    parser.add_argument("--select-by", **ways, help="which candidate is kept (default classifier)")
+    parser.add_argument("--solver", default=None, help="such as UniPC or DPM-Solver++(2M); default: the pipeline's own")
     parser.add_argument("--seed", type=seed, default=0, help="of the starting noise (default 0)")
     add_device_argument(parser)
 
@@ -60,10 +64,20 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--all-of, --any-of and --none-of exclude --classes, --unlabelled and --num-images")
     call = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     call |= {"guidance_interval": tuple(options.guidance_interval), "corrector": options.corrector}
+    call |= {"num_candidates": options.num_candidates, "select_by": options.select_by}
     if options.num_images is None:
-        _write_grid(options, load_pipeline(options.pipeline, options.device), call)
+        _write_grid(options, _pipeline(options, options.device), call)
     else:
         _write_many(options, call)
+
+
+def _pipeline(options: argparse.Namespace, device: str | None) -> "EGCPipeline":
+    from latent_egc.pipelines.schedulers import solver
+
+    pipeline = load_pipeline(options.pipeline, device)
+    if options.solver is not None:
+        pipeline.scheduler = solver(options.solver, pipeline.scheduler)
+    return pipeline
 
 
 def _class_ids(options: argparse.Namespace, pipeline: "EGCPipeline", at_most: int | None) -> list[int] | None:
@@ -90,7 +104,7 @@ def _write_many(options: argparse.Namespace, call: dict[str, Any]) -> None:
     from latent_egc.measuring.sample_sets import draw_sample_set
 
     processes, device = launched_processes(options.device)
-    pipeline = load_pipeline(options.pipeline, device)
+    pipeline = _pipeline(options, device)
     class_ids = _class_ids(options, pipeline, None)
     job = {"seed": options.seed, "batch_size": options.batch_size, "as_npz": options.npz}
     written = draw_sample_set(pipeline, options.output, options.num_images, class_ids, **job, **call)

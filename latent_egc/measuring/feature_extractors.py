@@ -58,13 +58,12 @@ def load_torchscript(path: str, key: str, device: torch.device) -> torch.jit.Scr
         raise ConfigError(f"{key}: {path} cannot be loaded; {how} ({str(error).strip().splitlines()[0]})") from error
 
 
-def load_extractor(source: str, device: torch.device) -> Extractor:
+def load_extractor(source: str, device: torch.device, key: str = "generation.features") -> Extractor:
     """The extractor of a TorchScript file, of a DINOv2's Hub id or folder, or `inception`.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded; it names `key`.
     """
-    key = "generation.features"
     if source == "inception":
         return _load_inception(key, device)
     if source.endswith(TORCHSCRIPT_SUFFIXES):

@@ -1,7 +1,7 @@
 """The report's pictures, as PNG bytes in one style."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import einops
 import matplotlib
@@ -62,6 +62,39 @@ def lines(
         axes.set_ylim(*y_limits)
     if len(series) > 1 or level is not None:
         axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def panels(
+    curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float | Metric]]]],
+    x_name: str,
+    marked: Mapping[str, tuple[float, float]],
+    logarithmic: Collection[str] = (),
+) -> bytes:
+    """Panels side by side, the same curves of several quantities.
+
+    Args:
+        curves: quantity -> name of the curve -> x and y of its points.
+        x_name: the axis of all panels.
+        marked: quantity -> x and y of a point that is circled.
+        logarithmic: quantities whose axis is.
+    """
+    figure, row = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.4), layout="constrained", squeeze=False)
+    for axes, (quantity, lines_of) in zip(row[0], curves.items(), strict=True):
+        for name, (x, points) in lines_of.items():
+            values = [point.value if isinstance(point, Metric) else point for point in points]
+            axes.plot(x, values, marker="o", markersize=3.5, linewidth=1.2, label=name)
+        axes.plot(*marked[quantity], "o", markersize=11, fillstyle="none", color="black", label="chosen")
+        axes.set(title=quantity, xlabel=x_name)
+        axes.title.set_fontsize(10)
+        if quantity in logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.5)
+    handles, names = row[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -33,8 +33,8 @@ def _suites(names: str) -> dict[str, ModuleType]:
 
 
 EVALUATION = _suites(
-    "classification calibration generation robustness certification corruption ood likelihood composition "
-    "counterfactual"
+    "classification calibration generation guidance solvers robustness certification corruption ood likelihood "
+    "composition counterfactual"
 )
 PROBING = _suites("heatmap pooling heads cka fusion few_shot comparison")
 EvaluationSettings = with_sections("EvaluationSettings", StudySettings, EVALUATION)

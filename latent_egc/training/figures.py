@@ -23,19 +23,16 @@ def sample_rows(
     class_ids: Sequence[int] | None,
     images_per_row: int,
     num_inference_steps: int,
-    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 40,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    **options: Any,
+    **arguments: Any,
 ) -> np.ndarray:
     """Samples in [0, 1], one row a class; the same seed in every call gives the same starting noise.
 
     Args:
         pipeline: what samples; its progress bar is replaced by one over batches.
         class_ids: one a row; None: unlabelled, `images_per_row` rows.
-        num_inference_steps, guidance_scale, guidance_interval: as in the pipeline's call.
-        options: what else the pipeline's call takes, `potential` or `corrector` for example.
+        num_inference_steps, arguments: what the pipeline's call takes.
         seed: the image in row r, column c starts from `noise_generator(seed, r * images_per_row + c)`.
 
     Returns:
@@ -57,12 +54,10 @@ def sample_rows(
                 labels,
                 num_images_per_label=per_label,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
                 generator=generators,
                 output_type="np",
                 batch_size=batch_size,
-                **options,
+                **arguments,
             ).images
         )
     pipeline.set_progress_bar_config(disable=False)

@@ -15,9 +15,12 @@ from command_line import fails
 from PIL import Image
 from tiny import tiny_kl, tiny_pipeline
 
+from latent_egc import EGCPipeline
 from latent_egc.commands import VERBS, main, train_main
 from latent_egc.config import parse_config
+from latent_egc.pipelines.schedulers import solver
 from latent_egc.training.build import build_network
+from latent_egc.training.figures import sample_rows
 
 MODEL = {
     "sample_size": 4,
@@ -172,6 +175,17 @@ def test_a_class_asked_for_twice_is_written_twice(pipeline, tmp_path):
     assert len(list((tmp_path / "samples").glob("row*.png"))) == 2
 
 
+def test_sample_takes_a_solver_and_candidates(pipeline, tmp_path):
+    options = ["--solver", "Heun", "--num-candidates", "2", "--select-by", "density"]
+    arguments = ["sample", pipeline, "--classes", "cat", "--num-images-per-label=2", "--steps=2", *options]
+    assert main([*arguments, "--output", str(tmp_path / "samples")]) == 0
+    loaded = EGCPipeline.from_pretrained(pipeline)
+    loaded.scheduler = solver("Heun", loaded.scheduler)
+    expected = sample_rows(loaded, [0], 2, 2, num_candidates=2, select_by="density")
+    found = np.asarray(Image.open(tmp_path / "samples" / "row00_cat_001.png"))
+    assert np.array_equal(found, (expected[0, 1] * 255).round().astype(np.uint8))
+
+
 def test_sample_unlabelled(pipeline, tmp_path):
     tiny_pipeline(num_classes=None, energy_channels=3).save_pretrained(tmp_path / "unlabelled")
     for source, flags in ((pipeline, ["--unlabelled"]), (tmp_path / "unlabelled", [])):
@@ -200,6 +214,7 @@ def test_sample_errors(pipeline, tmp_path, capsys):
     fails(capsys, ["sample", pipeline, "--classes", "3"], "[0, 3)", "3")
     fails(capsys, ["sample", pipeline, "--steps", "5000"], "num_inference_steps", "5000")
     fails(capsys, ["sample", pipeline, "--guidance-scale=0"], "guidance_scale=0")
+    fails(capsys, ["sample", pipeline, "--solver", "RK4"], "there is no solver 'RK4'", "UniPC")
     fails(capsys, ["sample", tmp_path / "nothing"], "no such run or pipeline", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     fails(capsys, ["sample", tmp_path / "empty"], "holds no pipeline (model_index.json)")

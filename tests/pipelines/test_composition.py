@@ -229,3 +229,18 @@ def test_what_cannot_be_composed_or_corrected_is_refused():
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         with pytest.raises(ValueError, match=f"corrector: {scheduler.__name__} steps from latents of its own memory"):
             sample(pipeline, "cat", corrector="mala")
+    with pytest.raises(ValueError, match=r"corrector and guidance_rescale=0\.5 exclude each other"):
+        sample(tiny_pipeline(), "cat", corrector="mala", guidance_rescale=0.5)
+    potential = tiny_pipeline().composed_potential("cat")
+    with pytest.raises(ValueError, match="potential and guidance_rescale exclude each other"):
+        tiny_pipeline()(potential=potential, guidance_rescale=0.5)
+
+
+def test_the_best_candidates_own_acceptance_rates_are_returned():
+    options = {"class_labels": ["cat", "dog"], "corrector": "mala", "output_type": "latent", "num_inference_steps": 3}
+    pipeline, noise = tiny_pipeline(), generator()
+    alone = [pipeline(**options, generator=noise) for _ in range(2)]
+    best = pipeline(**options, generator=generator(), num_candidates=2)
+    for i in range(2):
+        (same,) = (one for one in alone if torch.equal(one.images[i], best.images[i]))
+        assert torch.equal(same.acceptance_rates[i], best.acceptance_rates[i])

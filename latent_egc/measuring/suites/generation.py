@@ -4,7 +4,6 @@ Samples are rounded to 8 bits as saved images are, and compared with the trainin
 images that only went through the autoencoder say what the autoencoder costs.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import einops
@@ -12,26 +11,19 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from latent_egc.config import ConfigError, file_path, within
-from latent_egc.data.stream import noise_generator
+from latent_egc.config import within
 from latent_egc.measuring import feature_extractors, plots
 from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.feature_extractors import Extractor
-from latent_egc.measuring.judges import Judge, features_of, linear_judge, load_judge, reconstructed, to_uint8
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
+from latent_egc.measuring.sample_quality import InstrumentSettings, SampleQuality, sample_images, too_few
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(InstrumentSettings):
     """Samples against the training split."""
 
-    # DINOv2 of transformers (Hub id or folder), inception, or TorchScript files: programs, which can write files.
-    features: tuple[str, ...] = file_path(())
-    # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
-    judge: str | None = file_path()
     num_samples: int = within(1000, 5)
-    num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
-    num_judge_images: int = within(1000, 10)  # training images for the linear judge
     num_inference_steps: int = within(50, 1)
     guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
     kid_subsets: int = within(100, 1)
@@ -47,41 +39,19 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     Raises:
         ConfigError: no extractor, weights that cannot be loaded, or a judge of other classes.
     """
-    device = context.accelerator.device
-    if not settings.features:
-        raise ConfigError(
-            "generation.features must name at least one extractor: a TorchScript file, images (N, 3, H, W) in [0, 1] "
-            "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
-        )
-    extractors = [feature_extractors.load_extractor(source, device) for source in settings.features]
-    judge = None if settings.judge is None else load_judge(context, settings.judge, "generation.judge")
-    train = context.splits.train
-    reference = context.choose(np.arange(len(train)), settings.num_reference_images)
-    reference = context.readable(train, reference, context.data.skip_corrupt)
-
+    quality = SampleQuality(context, settings, "generation")
     # The class of each sample, equally many of every class.
     labels = None if context.num_classes is None else np.arange(settings.num_samples) % context.num_classes
-    samples = sample_images(context, settings, labels)
-    decoded = reconstructed(context, context.splits.validation, context.rows)
+    arguments = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    samples = sample_images(context, settings.num_samples, labels, **arguments)
     metrics: dict[str, Metric] = {}
-    notes = [_how_sampled(context, settings, len(samples), len(reference))]
+    notes = [_how_sampled(context, settings, len(samples), len(quality.reference))]
     pictures = []
-    for number, extractor in enumerate(extractors):
-        real = context.over_in_parts(
-            len(reference),
-            lambda batch, e=extractor: e(context.pixel_values(train, reference[list(batch)]) / 2 + 0.5),
-            f"{extractor.name}, {train.name}",
-        ).numpy()
-        generated, floor = (features_of(context, extractor, images) for images in (samples, decoded))
+    for number, extractor in enumerate(quality.extractors):
+        real = quality.real_features(extractor)
+        generated, floor = (quality.features(extractor, images) for images in (samples, quality.decoded))
         for what, found in (("samples", generated), ("validation images", floor)):
-            few = min(len(found), len(real))
-            if few <= found.shape[1]:
-                message = (
-                    f"FD-{extractor.name}: {few} {what} for {found.shape[1]} feature dimensions; the covariance is "
-                    f"singular and the distance too large, take more than {found.shape[1]}"
-                )
-                warnings.warn(message, stacklevel=2)
-                notes.append(message + ".")
+            notes += too_few(extractor, what, min(len(found), len(real)), found.shape[1])
         metrics |= _distances(context, settings, extractor.name, real, generated)
         distance = Metric(feature_extractors.frechet_distance(real, floor))
         metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = distance
@@ -90,32 +60,13 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             score, deviation = feature_extractors.inception_score(logits, context.settings.seed)
             metrics |= {"Inception score": Metric(score), "Inception score, deviation over parts": Metric(deviation)}
         if number == 0:
-            pictures.append(_neighbours(context, extractor, samples, generated, real, reference))
+            pictures.append(_neighbours(context, extractor, samples, generated, real, quality.reference))
     if labels is not None:
-        judge = judge or linear_judge(context, extractors[0], settings.num_judge_images)
-        notes += [judge.note] if judge.note else []
-        metrics |= _agreement(context, judge, samples, labels, decoded)
+        agreement = context.accuracy(quality.judge.predict(samples) == labels)
+        metrics[f"class agreement by {quality.judge.name}"] = agreement
+        metrics["the judge's accuracy on decoded validation images"] = quality.judge_accuracy
+        notes += quality.judge_notes
     return SuiteResult(len(samples), metrics, figures=[_grid(context, samples, labels), *pictures], notes=notes)
-
-
-def sample_images(context: EvaluationContext, settings: Settings, labels: np.ndarray | None) -> torch.Tensor:
-    """(N, 3, H, W) uint8; sample i starts from noise that is a function of (seed, i)."""
-    pipeline = context.pipeline
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sampled(positions: range) -> torch.Tensor:
-        images = pipeline(
-            None if labels is None else [int(labels[i]) for i in positions],
-            num_images_per_label=len(positions) if labels is None else 1,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[noise_generator(context.settings.seed, i) for i in positions],
-            output_type="pt",
-            batch_size=len(positions),
-        ).images
-        return to_uint8(images)
-
-    return context.over_in_parts(settings.num_samples, sampled, "sample")
 
 
 def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: int, num_reference: int) -> str:
@@ -141,17 +92,6 @@ def _distances(
         f"KID-{name}, deviation over subsets": Metric(deviation),
         f"precision-{name}": Metric(precision, percent=True),
         f"recall-{name}": Metric(recall, percent=True),
-    }
-
-
-def _agreement(
-    context: EvaluationContext, judge: Judge, samples: torch.Tensor, labels: np.ndarray, decoded: torch.Tensor
-) -> dict[str, Metric]:
-    """Share of samples to which an independent judge gives the requested class, and the judge's own accuracy."""
-    predicted, own = (judge.predict(images) for images in (samples, decoded))
-    return {
-        f"class agreement by {judge.name}": context.accuracy(predicted == labels),
-        "the judge's accuracy on decoded validation images": context.accuracy(own == context.labels),
     }
 
 

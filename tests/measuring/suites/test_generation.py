@@ -6,8 +6,8 @@ import torch
 from tiny_studies import Brightness, measure, scipy_frechet
 
 from latent_egc.config import ConfigError
+from latent_egc.measuring.sample_quality import sample_images
 from latent_egc.measuring.suites import generation
-from latent_egc.measuring.suites.generation import sample_images
 
 FAST = ["generation.num_samples=9", "generation.num_inference_steps=2", "generation.kid_subsets=3"]
 
@@ -19,7 +19,7 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
         f"generation.features=[{extractor}]", f"generation.judge={tmp_path / 'judge.pt'}", *FAST
     )
     result = measure(generation, context)
-    samples = sample_images(context, context.settings.generation, np.arange(9) % 3)
+    samples = sample_images(context, 9, np.arange(9) % 3, num_inference_steps=2)
     assert result.num_samples == 9
     train = context.splits.train
     real = Brightness()(context.pixel_values(train, range(len(train))) / 2 + 0.5).numpy()
@@ -34,7 +34,7 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
 def test_samples_do_not_depend_on_the_batches(evaluation_context):
     labels = np.arange(9) % 3
     contexts = [evaluation_context(f"batch_size={size}", *FAST) for size in (2, 9)]
-    batches = [sample_images(context, context.settings.generation, labels) for context in contexts]
+    batches = [sample_images(context, 9, labels, num_inference_steps=2) for context in contexts]
     assert (batches[0].int() - batches[1].int()).abs().max() <= 1
 
 
