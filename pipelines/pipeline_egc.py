@@ -16,7 +16,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .class_names import ClassLabels
-from .energy_pipeline import EnergyPipeline, StepCallback
+from .density import DensityPipeline
+from .energy_pipeline import StepCallback
 from .images import preprocess_images
 from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
 from .schedulers import check_scheduler, step_options
@@ -39,7 +40,7 @@ class EGCClassificationOutput(BaseOutput):
     energy: torch.Tensor
 
 
-class EGCPipeline(EnergyPipeline):
+class EGCPipeline(DensityPipeline):
     """Samples and classifies images with one energy network; its components are those of an `EnergyPipeline`."""
 
     # --- classification ---------------------------------------------------------------------------------------------
