@@ -111,7 +111,9 @@ def errors(model: EnergyModel) -> tuple[float, float, float]:
 
 def main(num_steps: int = 3000) -> None:
     """Trains with several weights and prints a table."""
-    print("| weight of the time score | error, narrow | error, wide | deviation over samples |\n| --- | --- | --- | --- |")
+    print(
+        "| weight of the time score | error, narrow | error, wide | deviation over samples |\n| --- | --- | --- | --- |"
+    )
     for weight in (0.0, 0.01, 0.1, 1.0):
         narrow, wide, deviation = errors(train(weight, num_steps))
         print(f"| {weight:g} | {narrow:.2f} | {wide:.2f} | {deviation:.2f} |")
