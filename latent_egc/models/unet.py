@@ -186,8 +186,7 @@ class EGCUNet(EnergyModel):
                 self.upsamplers.append(Upsample2D(channels, use_conv=True))
 
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)
-        out_channels = energy_channels if head == "map" else in_channels
-        self.conv_out = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(channels, energy_channels or in_channels, kernel_size=3, padding=1)
         if head == "inner" and num_classes is not None:
             self.class_out = nn.Linear(channels, num_classes)
         self._init_weights()

@@ -145,9 +145,6 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
                         replace_file(folder / "samples" / f"step-{step:08d}.png", draw)
                 accelerator.wait_for_everyone()
             if checkpoint_due or stopped:
-                if config.objective.time_score_weight > 0:
-                    with averaged_weights(pipeline.energy_model, average):
-                        pipeline.fit_log_normalizer()
                 parts = (accelerator, objective, optimizer, average, pipeline)
                 save_checkpoint(folder, CheckpointRecord(step, score), *parts, training.keep_checkpoints)
             if stopped:
