@@ -1,6 +1,6 @@
 """Where matching the score alone loses a density: two Gaussians about the same point, of different widths.
 
-    python experiments/density_of_scales.py        (half a minute on one CPU core)
+    python experiments/density_of_scales.py        (two minutes on one CPU core)
 
 In 32 dimensions the mixture's samples lie on two shells with nothing between them, so that the score says nothing of
 how much of the mass is on which, and nothing of how the energies of different noise levels compare. Trained with and
@@ -109,7 +109,7 @@ def errors(model: EnergyModel) -> tuple[float, float, float]:
     return float(error[which == 0].mean()), float(error[which == 1].mean()), float(error.std())
 
 
-def main(num_steps: int = 3000) -> None:
+def main(num_steps: int = 1500) -> None:
     """Trains with several weights and prints a table."""
     print(
         "| weight of the time score | error, narrow | error, wide | deviation over samples |\n| --- | --- | --- | --- |"
