@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from latent_egc import EGCObjective, EnergyModel
-from latent_egc.methods.density import log_normalizer, one_pass_log_density
+from latent_egc.methods.density import estimated_log_normalizer, one_pass_log_density
 from latent_egc.models import energy_potential
 
 NUM_DIMENSIONS = 32
@@ -50,7 +50,9 @@ class RadialEnergy(EnergyModel):
         self.layers = nn.Sequential(*layers, nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         nn.init.zeros_(self.layers[-1].weight)
 
-    def network(self, noisy_latents, timesteps, embedded_labels):
+    def network(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, embedded_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None]:
         """See `EnergyModel.network`."""
         alpha, sigma = self.noise_levels(timesteps)
         squares = noisy_latents.square().sum(dim=(1, 2, 3)) / NUM_DIMENSIONS
@@ -103,7 +105,9 @@ def errors(model: EnergyModel) -> tuple[float, float, float]:
     noisy = alpha * latents + sigma * torch.randn(latents.shape, generator=generator)
     potential = energy_potential(model)
     noise = torch.randn(4000, *latents.shape[1:], generator=generator)
-    log_z, _ = log_normalizer(potential, model.noise_levels, noise, model.config.num_train_timesteps - 1, 4000)
+    log_z, _ = estimated_log_normalizer(
+        potential, model.noise_levels, noise, model.config.num_train_timesteps - 1, 4000
+    )
     found = one_pass_log_density(potential, model.noise_levels, noisy, 0, log_z)
     error = found - true_log_density(noisy, alpha, sigma)
     return float(error[which == 0].mean()), float(error[which == 1].mean()), float(error.std())

@@ -10,7 +10,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from latent_egc.methods.density import log_normalizer, one_pass_log_density
+from latent_egc.methods.density import estimated_log_normalizer, one_pass_log_density
 from latent_egc.methods.likelihood import log_density
 from latent_egc.models.noise_schedule import add_noise
 from latent_egc.models.potentials import energy_potential
@@ -59,9 +59,9 @@ class DensityPipeline(EnergyPipeline):
 
         Args:
             images: as in `preprocess_images`: PIL, numpy or torch, one or many, of any size.
-            method: "ode", the probability-flow ODE of any network: 3 num_steps forward passes, and as many backward
-                passes through the second derivatives for each probe over 2. Or "one_pass", one forward pass, for a
-                network that was trained with `objective.time_score_weight`.
+            method: "ode", the probability-flow ODE of any network: 3 num_steps forward and backward passes, and for
+                each probe 1.5 num_steps backward passes through the backward ones. Or "one_pass", one forward pass, for
+                a network that was trained with `objective.time_score_weight`.
             class_labels: ids or names, one for all images or one each: log p(z | c) instead of log p(z), by the ODE of
                 a network with a class embedding.
             num_steps: of Heun's method, at least 2; solved again with half as many for the error.
@@ -120,7 +120,7 @@ class DensityPipeline(EnergyPipeline):
         shape = (num_samples, config.in_channels, config.sample_size, config.sample_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
         last, batch_size = config.num_train_timesteps - 1, self._default_batch_size()
-        value, error = log_normalizer(energy_potential(model), model.noise_levels, noise, last, batch_size)
+        value, error = estimated_log_normalizer(energy_potential(model), model.noise_levels, noise, last, batch_size)
         self.maybe_free_model_hooks()
         self.register_to_config(log_normalizer=value)
         return value, error

@@ -47,7 +47,7 @@ def time_score(
 
 
 @torch.no_grad()
-def log_normalizer(
+def estimated_log_normalizer(
     potential: Potential, noise_levels: NoiseLevels, noise: torch.Tensor, timestep: int, batch_size: int
 ) -> tuple[float, float]:
     """log Z, by importance sampling of the highest noise level against N(0, I), and its standard error.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import TINY_BACKBONES, gaussian_potential, tiny_unet
 
-from latent_egc.methods.density import log_normalizer, one_pass_log_density, time_score
+from latent_egc.methods.density import estimated_log_normalizer, one_pass_log_density, time_score
 from latent_egc.models import energy_potential
 from latent_egc.models.potentials import input_and_time_gradient
 
@@ -29,7 +29,7 @@ def test_a_fresh_network_has_the_time_score_of_white_noise(backbone, head):
     _, sigma = model.noise_levels(TIMESTEPS)
     expected = sigma**2 * (32 - latents.square().sum(dim=(1, 2, 3)))
     torch.testing.assert_close(found_time_score(model, latents, TIMESTEPS), expected, rtol=1e-9, atol=1e-9)
-    value, error = log_normalizer(energy_potential(model), model.noise_levels, latents, 999, batch_size=2)
+    value, error = estimated_log_normalizer(energy_potential(model), model.noise_levels, latents, 999, batch_size=2)
     assert value == pytest.approx(16 * math.log(2 * math.pi), abs=1e-6)
     assert error == pytest.approx(0, abs=1e-6)
 
@@ -97,7 +97,7 @@ def test_one_pass_of_gaussian_energies():
         return gaussian(latents, timesteps)[0] + sigma * (16 * (alpha**2 * std**2 + sigma**2).log() + 7), []
 
     noise = torch.randn(500, 2, 4, 4, dtype=torch.float64)
-    log_z, error = log_normalizer(potential, model.noise_levels, noise, 999, batch_size=200)
+    log_z, error = estimated_log_normalizer(potential, model.noise_levels, noise, 999, batch_size=200)
     assert abs(log_z - 16 * math.log(2 * math.pi) + 7) < 5 * error + 1e-12 < 0.02
     for timestep in (0, 500):
         alpha, sigma = model.noise_levels(torch.tensor(timestep))
