@@ -4,11 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latent_egc.methods.composition import either_of
+    from latent_egc.methods.correctors import Corrector
     from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
     from latent_egc.objective import EGCLosses, EGCObjective
-    from latent_egc.pipelines import EGCClassificationOutput, EGCPipeline
+    from latent_egc.pipelines import EGCCertificationOutput, EGCClassificationOutput, EGCPipeline
 
 __all__ = [
+    "Corrector",
+    "EGCCertificationOutput",
     "EGCClassificationOutput",
     "EGCLosses",
     "EGCObjective",
@@ -17,6 +21,7 @@ __all__ = [
     "EGCUNet",
     "EnergyModel",
     "EnergyOutput",
+    "either_of",
 ]
 __version__ = "0.1.0"
 
@@ -25,7 +30,8 @@ def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for: the command line's help need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'latent_egc' has no attribute {name!r}")
-    homes = {"EGCClassificationOutput": "pipelines", "EGCPipeline": "pipelines"}
+    homes = dict.fromkeys(("EGCCertificationOutput", "EGCClassificationOutput", "EGCPipeline"), "pipelines")
+    homes |= {"Corrector": "methods.correctors", "either_of": "methods.composition"}
     homes |= {"EGCLosses": "objective", "EGCObjective": "objective"}
     return getattr(import_module(f"latent_egc.{homes.get(name, 'models')}"), name)
 

@@ -1,7 +1,9 @@
-"""The diffusers pipeline that samples and classifies."""
+"""The diffusers pipeline that samples, classifies and edits."""
 
 import latent_egc.models  # noqa: F401  (diffusers loads components of modules that are imported already, no others)
 
-from .pipeline_egc import EGCClassificationOutput, EGCPipeline
+from .certification import EGCCertificationOutput, EGCClassificationOutput
+from .counterfactual import EGCCounterfactualOutput
+from .pipeline_egc import EGCPipeline
 
-__all__ = ["EGCClassificationOutput", "EGCPipeline"]
+__all__ = ["EGCCertificationOutput", "EGCClassificationOutput", "EGCCounterfactualOutput", "EGCPipeline"]

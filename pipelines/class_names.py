@@ -9,21 +9,22 @@ import torch
 ClassLabels = int | str | Sequence[int | str] | torch.Tensor
 
 
-def label_ids(class_labels: ClassLabels, id2label: Mapping[int, str]) -> torch.Tensor:
+def label_ids(class_labels: ClassLabels, id2label: Mapping[int, str], name: str = "class_labels") -> torch.Tensor:
     """Ids or names, one or many -> (L,) int64.
 
     Args:
         class_labels: ids in [0, K), names, or a tensor or numpy array of ids.
         id2label: the K names; empty for a model without classes.
+        name: of the argument, for errors.
 
     Raises:
         ValueError: an unknown id or name (with a suggestion), no label, or a model without classes.
     """
     if not id2label:
-        raise ValueError(f"this model was trained without classes, got class_labels={class_labels!r}")
-    ids = [_label_id(label, id2label) for label in _plain(class_labels)]
+        raise ValueError(f"this model was trained without classes, got {name}={class_labels!r}")
+    ids = [_label_id(label, id2label, name) for label in _plain(class_labels)]
     if not ids:
-        raise ValueError("class_labels is empty; None samples without labels")
+        raise ValueError(f"{name} is empty; None samples without labels")
     return torch.tensor(ids)
 
 
@@ -37,15 +38,15 @@ def _plain(class_labels: Any) -> list[Any]:
     return [entry[0] if len(entry) == 1 else entry for entry in entries]
 
 
-def _label_id(label: Any, id2label: Mapping[int, str]) -> int:
+def _label_id(label: Any, id2label: Mapping[int, str], name: str) -> int:
     if isinstance(label, str):
-        label2id = {name: i for i, name in id2label.items()}
+        label2id = {label_name: i for i, label_name in id2label.items()}
         if label in label2id:
             return label2id[label]
         close = difflib.get_close_matches(label, label2id, n=3)
         names = ", ".join(list(label2id)[:20]) + (", ..." if len(label2id) > 20 else "")
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the names are {names}"
-        raise ValueError(f"unknown class name {label!r} in class_labels; {hint}")
+        raise ValueError(f"unknown class name {label!r} in {name}; {hint}")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(id2label):
-        raise ValueError(f"class_labels must be names or ids in [0, {len(id2label)}), got {label!r}")
+        raise ValueError(f"{name} must be names or ids in [0, {len(id2label)}), got {label!r}")
     return label

@@ -26,10 +26,69 @@ def preprocess_images(images: PipelineImageInput, size: int) -> torch.Tensor:
     Raises:
         ValueError: no image, wrong type, wrong channel count, or values that are not finite or outside [0, 1].
     """
+    return 2 * crop_images(images, size) - 1
+
+
+def crop_images(images: PipelineImageInput, size: int) -> torch.Tensor:
+    """As `preprocess_images`, in [0, 1]; 8-bit images of this size are their bytes over 255."""
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
         raise ValueError("images must hold at least one image, got none")
-    return torch.cat([_preprocess_one(image, size) for image in images])
+    return torch.cat([_crop_one(image, size) for image in images])
+
+
+def crop_masks(masks: Any, images: PipelineImageInput, size: int) -> torch.Tensor:
+    """Masks as large as their images -> what of the cropped images they mark.
+
+    Args:
+        masks: one for all images or one each: a PIL image (any mode), an array or tensor (H, W), (1, H, W) or
+            (N, 1, H, W) in [0, 1], uint8 or bool; or a list of them. From one half on, white, a pixel is marked.
+        images: as for `preprocess_images`.
+        size: height and width of the result.
+
+    Returns:
+        (N, 1, size, size) bool, on the CPU.
+
+    Raises:
+        ValueError: a mask of another size than its image, or neither one mask nor one each.
+    """
+    images = single_images(images)
+    masks = [_as_channels_first(mask) for mask in single_images(masks)]
+    if len(masks) not in (1, len(images)):
+        raise ValueError(f"mask_image must be one or one for each of {len(images)} images, got {len(masks)}")
+    masks = masks * len(images) if len(masks) == 1 else masks
+    for mask, image in zip(masks, images, strict=True):
+        found, wanted = tuple(mask.shape[-2:]), _height_and_width(image)
+        if found != wanted:
+            raise ValueError(f"mask_image must be as large as its image, {wanted} (height, width), got {found}")
+    return crop_images([mask.expand(3, -1, -1) for mask in masks], size)[:, :1] >= 0.5
+
+
+def single_images(images: Any) -> list[Any]:
+    """What may be one image, a batch, or a list of either, as a list of single images. Raises ValueError on none."""
+    given = images if isinstance(images, (list, tuple)) else [images]
+    one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
+    if not one_by_one:
+        raise ValueError("images must hold at least one image, got none")
+    return one_by_one
+
+
+def _as_channels_first(mask: Any) -> torch.Tensor:
+    """A mask as (1, H, W) on the CPU, uint8 or float."""
+    if hasattr(mask, "convert"):
+        mask = VaeImageProcessor.pil_to_numpy(load_rgb(mask).convert("L"))[0]
+    mask = torch.as_tensor(mask).cpu()
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.ndim != 3 or mask.shape[0] != 1:
+        raise ValueError(f"mask_image must be (H, W) or (1, H, W), got shape {tuple(mask.shape)}")
+    return mask.float() if mask.dtype == torch.bool else mask
+
+
+def _height_and_width(image: Any) -> tuple[int, int]:
+    """Of one image, upright."""
+    if hasattr(image, "convert"):
+        return load_rgb(image).size[::-1]
+    return tuple(image.shape[-2:]) if torch.is_tensor(image) else tuple(image.shape[:2])
 
 
 def load_rgb(image: Any) -> Any:
@@ -74,10 +133,10 @@ def _central_box(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, min(width, left + longest), min(height, top + longest)
 
 
-def _preprocess_one(image: Any, size: int) -> torch.Tensor:
+def _crop_one(image: Any, size: int) -> torch.Tensor:
     if hasattr(image, "convert"):  # a PIL image
         processor = VaeImageProcessor()
-        return processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(central_crop(image, size))))
+        return processor.numpy_to_pt(processor.pil_to_numpy(central_crop(image, size)))
     if not torch.is_tensor(image):
         if not hasattr(image, "__array__"):
             raise ValueError(f"images must be PIL images, numpy arrays or tensors, got {type(image).__name__}")
@@ -104,4 +163,4 @@ def _preprocess_one(image: Any, size: int) -> torch.Tensor:
         batch = F.interpolate(batch, resized, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
         batch = batch[..., top : top + size, left : left + size]
-    return 2 * batch - 1
+    return batch

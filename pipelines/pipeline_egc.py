@@ -10,83 +10,37 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines import ImagePipelineOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from latent_egc.methods.correctors import Corrector
+from latent_egc.models.potentials import Potential
+
+from .certification import CertifyingPipeline
 from .class_names import ClassLabels
+from .composition import ComposingPipeline, epsilon_of
+from .correction import Correction, checked_corrector
 from .density import DensityPipeline
+from .editing import EditingPipeline
 from .energy_pipeline import StepCallback
-from .images import preprocess_images
 from .sampling_checks import check_counts, check_interval, check_scales, check_start, latent_length
 from .schedulers import check_scheduler, step_options
 
 
 @dataclass
-class EGCClassificationOutput(BaseOutput):
-    """What the energy network says of N images.
+class EGCSampleOutput(ImagePipelineOutput):
+    """Sampled images.
 
     Args:
-        logits: (N, K) at timestep 0.
-        probabilities: (N, K), softmax of the logits.
-        labels: for each image the names of its `top_k` most probable classes, most probable first.
-        energy: (N,) at timestep 0, low = likely; comparable between images of one model only.
+        images: N of them.
+        acceptance_rates: (N, L) where a corrector ran, of each image at each of L noise levels; see `Correction`.
     """
 
-    logits: torch.Tensor
-    probabilities: torch.Tensor
-    labels: list[list[str]]
-    energy: torch.Tensor
+    acceptance_rates: torch.Tensor | None = None
 
 
-class EGCPipeline(DensityPipeline):
-    """Samples and classifies images with one energy network; its components are those of an `EnergyPipeline`."""
-
-    # --- classification ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def classify(
-        self, images: PipelineImageInput, top_k: int = 1, batch_size: int | None = None
-    ) -> EGCClassificationOutput:
-        """Classifies images by one forward pass of the energy network on their clean latents at timestep 0.
-
-        Args:
-            images: as in `preprocess_images`: PIL, numpy or torch, one or many, of any size.
-            top_k: how many class names to return for each image, in [1, K].
-            batch_size: images at once; None: what memory surely holds, by their size.
-
-        Returns:
-            `EGCClassificationOutput` on the CPU.
-
-        Raises:
-            ValueError: a model without classes, `top_k` or `batch_size` out of range, or unusable images.
-        """
-        num_classes = self.energy_model.config.num_classes
-        if num_classes is None:
-            raise ValueError("this model was trained without classes, it cannot classify")
-        if not 1 <= top_k <= num_classes:
-            raise ValueError(f"top_k must be in [1, {num_classes}], got {top_k}")
-        if batch_size is None:
-            batch_size = self._default_image_batch_size()
-        check_counts(1, 1, batch_size, 1)
-        given = images if isinstance(images, (list, tuple)) else [images]
-        one_by_one = [image for entry in given for image in (entry if getattr(entry, "ndim", 3) == 4 else [entry])]
-        starts = range(0, max(1, len(one_by_one)), batch_size)  # none at all is for `preprocess_images` to refuse
-        logits, energy = [], []
-        for start in self.progress_bar(starts) if len(starts) > 1 else starts:
-            pixel_values = preprocess_images(one_by_one[start : start + batch_size], self.image_size)
-            output = self.energy_model(self.encode(pixel_values.to(self._execution_device)), 0)
-            logits.append(output.logits.cpu())
-            energy.append(output.energy.cpu())
-        self.maybe_free_model_hooks()
-        logits, id2label = torch.cat(logits), self.id2label
-        return EGCClassificationOutput(
-            logits=logits,
-            probabilities=logits.softmax(dim=-1),
-            labels=[[id2label[i] for i in row] for row in logits.topk(top_k, dim=-1).indices.tolist()],
-            energy=torch.cat(energy),
-        )
+class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, EditingPipeline):
+    """Samples, classifies and edits images with one energy network; its components are those of an `EnergyPipeline`."""
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +65,9 @@ class EGCPipeline(DensityPipeline):
         width: int | None = None,
         batch_size: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-    ) -> ImagePipelineOutput | tuple:
+        potential: Potential | None = None,
+        corrector: Corrector | str | None = None,
+    ) -> EGCSampleOutput | tuple:
         """Samples images.
 
         With a class embedding, three things can bring in a label, each with a scale of its own: the energy that sees it
@@ -143,9 +99,13 @@ class EGCPipeline(DensityPipeline):
             batch_size: images sampled at once; None: what memory surely holds, by their size.
             guidance_interval: where both guidances act, lowest and highest noise level as shares of all timesteps
                 (Kynkaanniemi et al., arXiv 2404.07724); elsewhere a step costs 2 units with a class embedding too.
+            potential: what is sampled in place of this pipeline's energy, labels and scales; such as
+                `composed_potential`'s. One gradient of it a step.
+            corrector: the chain that runs at each noise level between the steps, on the density that the next step
+                follows; "ula", "mala", "hmc", or a `Corrector`, which says what it costs.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or `(images,)`.
+            `EGCSampleOutput` with `images`, and `acceptance_rates` with a corrector, or a tuple of them.
 
         Raises:
             ValueError: an unknown label or name, a label that would be ignored (guidance_scale 0 without class
@@ -168,6 +128,8 @@ class EGCPipeline(DensityPipeline):
         check_interval(guidance_interval)
         check_start(generator, latents, num_images, tuple(size))
         check_scheduler(self.scheduler, self.energy_model)
+        self._check_potential(potential, class_labels=class_labels, guidance_interval=guidance_interval)
+        corrector = checked_corrector(corrector, self.scheduler)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
 
         device = self._execution_device
@@ -182,28 +144,35 @@ class EGCPipeline(DensityPipeline):
 
         call = self._own_call()
         batch_size = batch_size or self._default_batch_size(*latents.shape[-2:])
-        images = []
+        images, rates = [], []
         for start in range(0, num_images, batch_size):
             rows = slice(start, start + batch_size)
             self._set_steps(call, num_inference_steps, timesteps, sigmas)
             call._guidance_scale = self._guidance_scale = guidance_scale
+            guidance = None if labels is None else labels[rows], classifier_free_scale, guidance_interval
+            own_generator = generator[rows] if isinstance(generator, list) else generator
+            correction = call._correction(corrector, potential, guidance, len(latents[rows]), own_generator)
             found = call._denoise(
                 latents[rows] * call.scheduler.init_noise_sigma,
-                call._guided_epsilon(
-                    None if labels is None else labels[rows], classifier_free_scale, guidance_interval
-                ),
-                step_options(call.scheduler, generator[rows] if isinstance(generator, list) else generator, eta),
+                call._guided_epsilon(*guidance) if potential is None else epsilon_of(potential),
+                step_options(call.scheduler, own_generator, eta),
+                between=correction,
                 callback=callback_on_step_end,
                 callback_inputs=callback_on_step_end_tensor_inputs,
                 interrupted=lambda: call.interrupt or self.interrupt,
             )
             images.append(found if output_type == "latent" else self._decode_in_slices(found))
+            rates += [] if correction is None else [correction.acceptance_rates]
         self._guidance_scale = call.guidance_scale
-        images = torch.cat(images)
+        self.maybe_free_model_hooks()
+        output = self._sample_output(torch.cat(images), rates, output_type)
+        return output if return_dict else output.to_tuple()
+
+    def _sample_output(self, images: torch.Tensor, rates: list[torch.Tensor], output_type: str) -> EGCSampleOutput:
+        """Decoded images, or latents, in the form that was asked for; with the batches' acceptance rates, if any."""
         if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return EGCSampleOutput(images=images, acceptance_rates=torch.cat(rates) if rates else None)
 
     def _guided_epsilon(
         self, labels: torch.Tensor | None, classifier_free_scale: float, guidance_interval: tuple[float, float]
@@ -211,15 +180,38 @@ class EGCPipeline(DensityPipeline):
         """What gives a call's steps their epsilon; see `__call__`."""
 
         def epsilon_at(noisy_latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            noise_level = float(timestep / self.energy_model.config.num_train_timesteps)
-            guided = guidance_interval[0] <= noise_level <= guidance_interval[1]
-            return self.energy_model.epsilon(
-                noisy_latents,
-                timestep,
-                labels,
-                guidance_scale=self.guidance_scale if guided else 0.0,
-                # Unguided is the energy that sees the label, if it was to see one at all.
-                classifier_free_scale=classifier_free_scale if guided else float(classifier_free_scale != 0),
-            )
+            scales = self._scales_at(timestep, classifier_free_scale, guidance_interval)
+            return self.energy_model.epsilon(noisy_latents, timestep, labels, **scales)
 
         return epsilon_at
+
+    def _scales_at(
+        self, timestep: torch.Tensor, classifier_free_scale: float, guidance_interval: tuple[float, float]
+    ) -> dict[str, float]:
+        """The scales that hold at a timestep."""
+        noise_level = float(timestep / self.energy_model.config.num_train_timesteps)
+        guided = guidance_interval[0] <= noise_level <= guidance_interval[1]
+        return {
+            "guidance_scale": self.guidance_scale if guided else 0.0,
+            # Unguided is the energy that sees the label, if it was to see one at all.
+            "classifier_free_scale": classifier_free_scale if guided else float(classifier_free_scale != 0),
+        }
+
+    def _correction(
+        self,
+        corrector: Corrector | None,
+        potential: Potential | None,
+        guidance: tuple[torch.Tensor | None, float, tuple[float, float]],
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Correction | None:
+        """What happens between the steps of a call's batch: what its steps follow, corrected. None: nothing."""
+        if corrector is None:
+            return None
+        labels, *scales = guidance
+
+        def potential_at(timestep: torch.Tensor) -> Potential:
+            return potential or self.energy_model.potential(labels, **self._scales_at(timestep, *scales))
+
+        noise_levels = self.energy_model.noise_levels
+        return Correction(corrector, self.scheduler, noise_levels, potential_at, num_images, generator)

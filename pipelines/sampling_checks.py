@@ -78,3 +78,9 @@ def latent_length(name: str, pixels: int | None, scale_factor: int, size_divisor
     if not isinstance(pixels, int) or pixels < 1 or pixels % divisor:
         raise ValueError(f"{name} must be a positive multiple of {divisor}, got {pixels!r}")
     return pixels // scale_factor
+
+
+def check_strength(strength: float) -> None:
+    """Raises ValueError unless it is a share."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")

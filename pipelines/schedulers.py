@@ -82,6 +82,24 @@ def set_timesteps(
     scheduler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}), device=device)
 
 
+def last_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> torch.Tensor:
+    """The last of a scheduler's timesteps, with which it shall begin.
+
+    Args:
+        scheduler: set to `num_inference_steps`.
+        num_inference_steps: all of its steps.
+        strength: the share of them that is gone, in [0, 1]; above 0 at least one step.
+
+    Returns:
+        Descending timesteps; none for strength 0.
+    """
+    num_steps = max(round(strength * num_inference_steps), 1) if strength > 0 else 0
+    first = (num_inference_steps - num_steps) * scheduler.order  # of solvers that look twice in a step
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return scheduler.timesteps[first:] if num_steps > 0 else scheduler.timesteps[:0]
+
+
 def step_options(
     scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float
 ) -> dict[str, Any]:

@@ -16,6 +16,8 @@ VERBS = (
     "train",
     "sample",
     "classify",
+    "certify",
+    "edit",
     "evaluate",
     "probe",
     "report",

@@ -1,10 +1,17 @@
 """Arguments that several verbs take, and what they mean."""
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from latent_egc.pipelines import EGCPipeline
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def positive_integer(text: str) -> int:
@@ -38,6 +45,11 @@ def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", help="a run's folder, a pipeline's folder, or a Hub id")
 
 
+def add_images_argument(parser: argparse.ArgumentParser) -> None:
+    """The images that `image_files` finds."""
+    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders that are searched for them")
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """The device that `device_name` completes."""
     parser.add_argument("--device", default=None, help="such as cuda; default: an accelerator if there is one")
@@ -57,6 +69,36 @@ def device_name(name: str | None) -> str:
     except Exception as error:  # each device, compiled in or not, has its own
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
+
+
+def launched_processes(device: str | None) -> tuple["PartialState", str]:
+    """The processes that share a verb's work, and the device asked for, or this process's own of that type.
+
+    Raises ConfigError for a device that cannot be used, and where processes would each do everything.
+    """
+    from latent_egc.data.encoding import start_processes
+
+    processes = start_processes()
+    own = device in (None, processes.device.type)
+    return processes, str(processes.device) if own else device_name(device)
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that are meant, those of folders in order. Raises FileNotFoundError where there is none."""
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        found = [path]
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+        regular = [file for file in found if file.is_file()]
+        for special in sorted({*found}.difference(regular)):
+            print(f"skipped, it is not a regular file: {special}", file=sys.stderr)
+        if not regular:
+            raise FileNotFoundError(f"no image in {path}")
+        files += regular
+    return files
 
 
 def load_pipeline(name: str, device: str | None = None) -> "EGCPipeline":

@@ -7,20 +7,23 @@ An image that cannot be read is a row with its error; then the exit status is 1.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from latent_egc.commands.arguments import add_device_argument, add_pipeline_argument, load_pipeline, positive_integer
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from latent_egc.commands.arguments import (
+    add_device_argument,
+    add_images_argument,
+    add_pipeline_argument,
+    image_files,
+    load_pipeline,
+    positive_integer,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """By what to classify, what, and how to say it."""
     add_pipeline_argument(parser)
-    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders that are searched for them")
+    add_images_argument(parser)
     parser.add_argument("--top-k", type=int, default=1, help="classes named for each image (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--batch-size", type=positive_integer, default=64, help="images at once (default 64)")
@@ -37,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from latent_egc.data.sources import CorruptImageError, read_image
     from latent_egc.pipelines.images import central_crop
 
-    files = _image_files(options.images)
+    files = image_files(options.images)
     pipeline = load_pipeline(options.pipeline, options.device)
     rows = [{"file": str(file)} for file in files]
     batches = range(0, len(files), options.batch_size)
@@ -71,21 +74,3 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
             continue
         classes = "  ".join(f"{n} {p:.3f}" for n, p in zip(row["labels"], row["probabilities"], strict=True))
         print(f"{row['file']:<{width}}  {row['energy']:>10.3f}  {classes}")
-
-
-def _image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files that are meant, those of folders in order. Raises FileNotFoundError where there is none."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
-        found = [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
-        regular = [file for file in found if file.is_file()]
-        for special in sorted({*found}.difference(regular)):
-            print(f"skipped, it is not a regular file: {special}", file=sys.stderr)
-        if not regular:
-            raise FileNotFoundError(f"no image in {path}")
-        files += regular
-    return files

@@ -6,7 +6,12 @@ example: latent-egc encode configs/imagenette64.yaml
 
 import argparse
 
-from latent_egc.commands.arguments import add_config_arguments, add_device_argument, device_name, positive_integer
+from latent_egc.commands.arguments import (
+    add_config_arguments,
+    add_device_argument,
+    launched_processes,
+    positive_integer,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Writes the cache."""
-    from latent_egc.config import load_config
-    from latent_egc.data.encoding import encode, start_processes
+    from latent_egc.data.encoding import encode
     from latent_egc.training.build import resolve_model
+    from latent_egc.training.run_folder import load_run_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides)
     num_classes = resolve_model(config.model)["num_classes"]
-    processes = start_processes()
-    device = str(processes.device)
-    if options.device not in (None, processes.device.type):  # each process has a device of that type
-        device = device_name(options.device)
+    processes, device = launched_processes(options.device)
     folder = encode(config.data, config.autoencoder, num_classes, options.batch_size, device)
     processes.print(f"latent cache written: {folder}")

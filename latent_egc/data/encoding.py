@@ -58,7 +58,7 @@ def start_processes() -> PartialState:
     if launched != processes.num_processes:
         raise ConfigError(
             f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate sees {processes.num_processes}: "
-            "each would encode everything. On a CPU set ACCELERATE_USE_CPU=true in the environment"
+            "each would do all of the work. On a CPU set ACCELERATE_USE_CPU=true in the environment"
         )
     return processes
 

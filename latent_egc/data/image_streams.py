@@ -5,6 +5,7 @@ reads from beginning to end, and where an interrupted reading goes on.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +123,8 @@ def first_rows_digest(*streams: ImageStream) -> str:
     """
     digest = hashlib.sha256()
     for stream in streams:
-        first = next(stream.read(0), None)
+        pieces = (stream.read(piece) for piece in range(stream.num_pieces))
+        first = next(itertools.chain.from_iterable(pieces), None)  # a file of a stream may be empty
         if first is None:
             raise ConfigError(f"data.dataset: the {stream.name} split holds no image")
         _, label, image = first

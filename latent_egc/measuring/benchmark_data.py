@@ -8,7 +8,7 @@ import dataclasses
 import io
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -82,9 +82,10 @@ def loading_note(config: Config, vae: ModelMixin | None, device: torch.device, s
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, **accumulation))
     table = photographs(256)
     views: Views = _cached(config, vae, len(table)) if cached else PixelViews(table, section, seed=0)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    with closing(micro_batches(config, views, vae, 0, accelerator)) as batches:
-        rate = _rate((len(inputs["latents"]) for inputs, _ in batches), workers, device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # which of several is "cuda"
+        accelerator = Accelerator(cpu=device.type == "cpu")
+        with closing(micro_batches(config, views, vae, 0, accelerator)) as batches:
+            rate = _rate((len(inputs["latents"]) for inputs, _ in batches), workers, device)
     source = "a latent cache" if cached else "photographs"
     consumed = config.training.train_batch_size / step_seconds
     return (

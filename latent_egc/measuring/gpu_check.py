@@ -127,7 +127,10 @@ def describe_machine(device: str) -> dict[str, Any]:
     settings = {"device": device, "torch": version("torch"), "python": sys.version.split()[0]}
     settings["driver"] = None
     if device.startswith("cuda"):
-        command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        visible, index = os.environ.get("CUDA_VISIBLE_DEVICES"), int(device.partition(":")[2] or 0)
+        number = visible.split(",")[index] if visible else str(index)
+        query = "--query-gpu=name,driver_version,memory.total"
+        command = ["nvidia-smi", f"--id={number}", query, "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError, ValueError):
             output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
             settings["device"], settings["driver"], settings["memory"] = output.splitlines()[0].split(", ")

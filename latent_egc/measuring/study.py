@@ -32,7 +32,10 @@ def _suites(names: str) -> dict[str, ModuleType]:
     return {name: import_module(f"latent_egc.measuring.suites.{name}") for name in names.split()}
 
 
-EVALUATION = _suites("classification calibration generation robustness corruption ood likelihood")
+EVALUATION = _suites(
+    "classification calibration generation robustness certification corruption ood likelihood composition "
+    "counterfactual"
+)
 PROBING = _suites("heatmap pooling heads cka fusion few_shot comparison")
 EvaluationSettings = with_sections("EvaluationSettings", StudySettings, EVALUATION)
 ProbeSettings = with_sections("ProbeSettings", PlaceSettings, PROBING)

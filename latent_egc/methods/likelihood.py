@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from latent_egc.models.noise_schedule import timesteps_at
 from latent_egc.models.potentials import Potential, input_gradient
 
 from .density import NoiseLevels
@@ -61,9 +62,7 @@ def timestep_grid(alphas_cumprod: torch.Tensor, num_steps: int) -> list[float]:
     abar = alphas_cumprod.double().cpu()
     log_ratio = 0.5 * (torch.log1p(-abar) - abar.log())
     levels = torch.linspace(log_ratio[0], log_ratio[-1], num_steps + 1, dtype=torch.float64)
-    upper = torch.searchsorted(log_ratio, levels).clamp(1, len(log_ratio) - 1)
-    below, above = log_ratio[upper - 1], log_ratio[upper]
-    return (upper - 1 + ((levels - below) / (above - below)).clamp(0, 1)).tolist()
+    return timesteps_at(alphas_cumprod, levels).tolist()
 
 
 def log_density(

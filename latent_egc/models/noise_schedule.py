@@ -82,6 +82,23 @@ def log_ratio_slopes(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> t
     return end - start
 
 
+def timesteps_at(alphas_cumprod: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
+    """The inverse of `interpolated_levels`: timesteps (N,) float64 at which log(sigma_t / alpha_t) is as wanted.
+
+    Args:
+        alphas_cumprod: (T,).
+        log_ratios: (N,); beyond the schedule they are its first or last.
+
+    Returns:
+        In [0, T - 1], on the CPU.
+    """
+    abar, wanted = alphas_cumprod.cpu().double(), log_ratios.cpu().double()
+    schedule = 0.5 * (torch.log1p(-abar) - abar.log())
+    upper = torch.searchsorted(schedule, wanted).clamp(1, len(schedule) - 1)
+    below, above = schedule[upper - 1], schedule[upper]
+    return upper - 1 + ((wanted - below) / (above - below)).clamp(0, 1)
+
+
 def _intervals(
     alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Pictures of a run: sample grids and training curves."""
+"""Pictures of a run and of what its network says: sample grids, training curves, certificates."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import einops
 import matplotlib
@@ -26,6 +27,7 @@ def sample_rows(
     seed: int = 0,
     batch_size: int = 40,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    **options: Any,
 ) -> np.ndarray:
     """Samples in [0, 1], one row a class; the same seed in every call gives the same starting noise.
 
@@ -33,6 +35,7 @@ def sample_rows(
         pipeline: what samples; its progress bar is replaced by one over batches.
         class_ids: one a row; None: unlabelled, `images_per_row` rows.
         num_inference_steps, guidance_scale, guidance_interval: as in the pipeline's call.
+        options: what else the pipeline's call takes, `potential` or `corrector` for example.
         seed: the image in row r, column c starts from `noise_generator(seed, r * images_per_row + c)`.
 
     Returns:
@@ -59,6 +62,7 @@ def sample_rows(
                 generator=generators,
                 output_type="np",
                 batch_size=batch_size,
+                **options,
             ).images
         )
     pipeline.set_progress_bar_config(disable=False)
@@ -140,5 +144,40 @@ def save_curves(metrics: list[dict[str, float]], path: str | Path) -> None:
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def save_certificates(
+    pairs: Sequence[np.ndarray],
+    names: Sequence[str],
+    radii: Sequence[float],
+    largest: float,
+    path: str | Path,
+    radius_name: str,
+) -> None:
+    """Writes a PNG with a row an image: the image, a noised copy as the classifier saw many, and its radius as a bar.
+
+    Args:
+        pairs: image and copy, (2, H, W, 3) in [0, 1] each.
+        names: what is said of each.
+        radii: of each; 0 where the classifier abstained.
+        largest: what the number of votes allows, drawn as a line.
+        path: of the PNG.
+        radius_name: and its unit.
+    """
+    grid = {"squeeze": False, "width_ratios": (1, 1, 4.5), "layout": "constrained"}
+    figure, rows = plt.subplots(len(pairs), 3, figsize=(6.5, 0.35 + 0.95 * len(pairs)), **grid)
+    for (*pictures, bar), pair, name, radius in zip(rows, pairs, names, radii, strict=True):
+        for axes, picture in zip(pictures, pair, strict=True):
+            axes.imshow(picture.clip(0, 1), interpolation="nearest")
+            axes.set_axis_off()
+        bar.barh([0], [radius], height=0.35, color="tab:blue")
+        bar.axvline(largest, color="0.5", linestyle="--", linewidth=1)
+        bar.text(0, 0.42, name, ha="left", va="center", fontsize=9)
+        bar.set(xlim=(0, 1.08 * largest or 1), ylim=(-0.4, 0.65), yticks=[])
+        bar.spines[["top", "right"]].set_visible(False)
+        bar.tick_params(labelbottom=bar is rows[-1, 2], labelsize=8)
+    rows[-1, 2].set_xlabel(f"{radius_name}; dashed: the largest that so many votes can have", fontsize=8)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

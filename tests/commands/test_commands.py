@@ -181,6 +181,20 @@ def test_sample_unlabelled(pipeline, tmp_path):
         assert len(list(output.glob("row*.png"))) == 4
 
 
+def test_sample_composes_classes_with_a_corrector(pipeline, tmp_path, capsys):
+    grids = []
+    for flags in (["--all-of", "cat", "2", "--none-of", "dog"], ["--all-of", "cat", "2"], ["--any-of", "cat", "2"]):
+        output = tmp_path / f"samples{len(grids)}"
+        arguments = ["sample", pipeline, "--num-images-per-label=2", "--steps=2", "--corrector=mala", *flags]
+        assert main([*arguments, "--output", str(output)]) == 0
+        assert len(list(output.glob("row*.png"))) == 4
+        grids.append((output / "grid.png").read_bytes())
+    assert len(set(grids)) == 3
+    capsys.readouterr()
+    fails(capsys, ["sample", pipeline, "--all-of", "cta"], "unknown class name 'cta' in all_of")
+    fails(capsys, ["sample", pipeline, "--all-of", "cat", "--classes", "dog"], "--none-of exclude --classes")
+
+
 def test_sample_errors(pipeline, tmp_path, capsys):
     fails(capsys, ["sample", pipeline, "--classes", "cta"], "unknown class name 'cta'", "did you mean 'cat'")
     fails(capsys, ["sample", pipeline, "--classes", "3"], "[0, 3)", "3")
@@ -288,6 +302,18 @@ def test_encode_writes_the_cache_that_the_config_names(config, tmp_path, capsys)
     assert main(["encode", str(config), cache, "data.num_views=1", "--batch-size", "3", "--device", "cpu"]) == 0
     assert f"latent cache written: {tmp_path / 'cache'}" in capsys.readouterr().out
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["complete"]
+
+
+def test_encode_for_a_run_to_go_on_with_reads_what_is_left_out_from_its_config(config, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text("{}")
+    before = {"objective": {}, "training": {}, "sampling": {}} | yaml.safe_load(config.read_text())
+    before["data"]["num_views"] = 3
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before))
+    options = [f"data.latent_cache={tmp_path / 'cache'}", "training.resume=auto"]
+    assert main(["encode", str(config), *options, "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["data.num_views"] == 3
 
 
 def test_encode_errors(config, tmp_path, capsys):

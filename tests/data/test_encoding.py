@@ -25,7 +25,7 @@ from latent_egc.config import AutoencoderConfig, ConfigError, DataConfig
 from latent_egc.data import encoding
 from latent_egc.data.autoencoders import encode_moments, has_posterior, load_autoencoder
 from latent_egc.data.encoding import ShardViews, encode, store_channels_last
-from latent_egc.data.image_streams import load_streams
+from latent_egc.data.image_streams import first_rows_digest, load_streams
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import CorruptImageError, load_splits
 from latent_egc.training.build import build_data
@@ -231,6 +231,12 @@ def test_another_stream_in_the_same_place_is_refused(tmp_path, autoencoder):
     (tmp_path / "train-3.parquet").unlink()
     with pytest.raises(ConfigError, match=r"num_pieces: the cache has .'train': 4, 'validation': 1., this run"):
         encode(data, autoencoder, 2)
+
+
+def test_the_first_file_of_a_stream_may_be_empty(tmp_path, autoencoder):
+    streams = load_streams(write_streams(tmp_path, (0, 3)), 2)
+    assert len(first_rows_digest(*streams[:2])) == 16
+    assert encode(caching(write_streams(tmp_path, (0, 3)), tmp_path / "cache"), autoencoder, 2).is_dir()
 
 
 def test_tar_shards_are_streamed(tmp_path, autoencoder):

@@ -210,7 +210,9 @@ def test_methods_are_bundled_with_the_pipeline_each_once_before_what_needs_them(
     )
     monkeypatch.setattr(latent_egc.methods, "__path__", [*latent_egc.methods.__path__, str(tmp_path)])
     source = inspect.getsource(pipeline_egc)
-    source = source.replace("from .images", "from latent_egc.methods.made_up_method import noised\nfrom .images", 1)
+    source = source.replace(
+        "from .schedulers", "from latent_egc.methods.made_up_method import noised\nfrom .schedulers", 1
+    )
     (tmp_path / "pipeline_copy.py").write_text(source + "\nHALF = noised(torch.full((1, 1, 1, 1), 0.5))\n")
     monkeypatch.setattr(latent_egc.pipelines, "__path__", [*latent_egc.pipelines.__path__, str(tmp_path)])
     code = bundle("latent_egc.pipelines.pipeline_copy")

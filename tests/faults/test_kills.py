@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from tiny_verbs import arguments, write_things
@@ -17,7 +18,7 @@ from latent_egc.training.checkpoints import read_metrics
 pytestmark = pytest.mark.faults
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-VERBS = ("encode", "train", "train on two processes", "evaluate", "probe")
+VERBS = ("encode", "train", "train on two processes", "evaluate", "probe", "sample on two processes")
 KILLS = [
     pytest.param(verb, number, marks=pytest.mark.xdist_group(verb), id=f"{verb}-{number}")
     for verb in VERBS
@@ -31,6 +32,9 @@ def launch(verb: str, things: Path, output: Path) -> subprocess.Popen:
     if verb == "train on two processes":  # from pixels, with loader workers
         command[1:] = [str(things / "pixels.yaml"), f"output_dir={output}", "data.num_workers=1"]
         command += ["training.train_batch_size=2", "training.max_steps=30"]
+    if verb == "sample on two processes":  # each image alone, as batches round differently
+        command += ["--num-images=200", "--npz", "--batch-size=1"]
+        command.remove("--num-images-per-label=1")
     command = [sys.executable, *(TORCHRUN if "two" in verb else []), "-m", "latent_egc", *command]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
@@ -75,6 +79,9 @@ def outcome(verb: str, output: Path) -> dict:
         for row in rows:
             row.pop("seconds_since_last_log", None)
         return weights | grids | {"metrics": rows}
+    if verb.startswith("sample"):
+        with np.load(output / "samples.npz") as found:
+            return {name: array.tobytes() for name, array in found.items()}
     suites = json.loads((output / "report.json").read_text())["suites"]
     return {name: {key: suite[key] for key in ("metrics", "tables", "num_samples")} for name, suite in suites.items()}
 

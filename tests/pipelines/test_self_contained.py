@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipeline, tiny_unet
+from tiny import generator, tiny_pipeline, tiny_unet
 
 from latent_egc import EGCPipeline, EGCUNet
 from latent_egc.pipelines.schedulers import default_scheduler
@@ -33,7 +33,16 @@ from safetensors.torch import load_file, save_file
 first, second, out = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(first, trust_remote_code=True)
 pipeline.save_pretrained(second)
-energies = {"loaded": pipeline.classify(torch.load(out + "/pixels.pt")).energy}
+pixels = torch.load(out + "/pixels.pt")
+energies = {"loaded": pipeline.classify(pixels).energy}
+noise = torch.Generator().manual_seed(0)
+logits = pipeline.classify(pixels, timesteps=[100], generator=noise).logits
+votes = pipeline.certify(pixels, 0.5, n0=2, n=8, generator=noise).votes
+torch.save({"logits": logits, "votes": votes}, out + "/noised.pt")
+edited = [pipeline.counterfactual(pixels, num_inference_steps=2, output_type="pt").images]
+edited.append(pipeline.inpaint(pixels, pixels[:, :1], num_inference_steps=2, output_type="pt",
+                               generator=torch.Generator().manual_seed(0)).images)
+torch.save(edited, out + "/edited.pt")
 os.rename(first, first + ".moved")
 again = DiffusionPipeline.from_pretrained(second, trust_remote_code=True)
 energies["saved again"] = again.classify(torch.load(out + "/pixels.pt")).energy
@@ -70,6 +79,16 @@ def test_strangers_load_save_and_check_what_save_pretrained_wrote(tmp_path, monk
     expected = pipeline.classify(pixels).energy
     for energy in torch.load(tmp_path / "energies.pt").values():
         assert torch.equal(energy, expected)
+    noise, found = torch.Generator().manual_seed(0), torch.load(tmp_path / "noised.pt")
+    assert torch.equal(found["logits"], pipeline.classify(pixels, timesteps=[100], generator=noise).logits)
+    assert torch.equal(found["votes"], pipeline.certify(pixels, 0.5, n0=2, n=8, generator=noise).votes)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    edited = [
+        pipeline.counterfactual(pixels, **options),
+        pipeline.inpaint(pixels, pixels[:, :1], **options, generator=generator()),
+    ]
+    for found, output in zip(torch.load(tmp_path / "edited.pt"), edited, strict=True):
+        torch.testing.assert_close(found, output.images)
     moved = tmp_path / "first.moved"
     assert all((moved / name).read_text() == (second / name).read_text() for name in CODE_FILES)
     for name in ("model_index.json", "energy_model/config.json", "vae/config.json"):

@@ -1,6 +1,7 @@
 """The gradient check at the start of training: passes what is right, refuses what is not, leaves no trace."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from latent_egc import EGCObjective
 from latent_egc.commands import main
 from latent_egc.models import attention as attention_module
 from latent_egc.objective import CompiledForward
+from latent_egc.training import gradient_check
 from latent_egc.training.checkpoints import read_metrics
 from latent_egc.training.gradient_check import GradientError, check_gradients
 from latent_egc.training.loop import train
@@ -98,6 +100,23 @@ def test_a_wrong_kernel_is_refused_by_the_layers_that_it_spoils(objective, monke
     assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
     AcceleratorState._reset_state(reset_partial_state=True)
     assert check_gradients(objective, inputs(), Accelerator(cpu=True)) < 1e-5
+
+
+def test_tf32_may_be_off_by_its_rounding_and_is_off_on_the_plain_side(objective, monkeypatch):
+    """A GPU's default for convolutions; two groupings of the same rows then differ by 0.1 %."""
+    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="no")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert gradient_check._precision(gpu) == "tf32"
+    assert gradient_check._precision(Accelerator(cpu=True)) == "float32"
+    plain, seen = gradient_check._plain_gradients, []
+    monkeypatch.setattr(
+        gradient_check, "_plain_gradients", lambda *given: seen.append(torch.backends.cudnn.allow_tf32) or plain(*given)
+    )
+    check_gradients(objective, inputs(), Accelerator(cpu=True))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert gradient_check._precision(gpu) == "float32"
 
 
 def test_gradients_that_are_not_finite_are_refused(objective):

@@ -6,22 +6,18 @@ images that only went through the autoencoder say what the autoencoder costs.
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import einops
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from latent_egc.config import ConfigError, file_path, within
-from latent_egc.data.sources import ImageTable
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import feature_extractors, plots
 from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.feature_extractors import Extractor
+from latent_egc.measuring.judges import Judge, features_of, linear_judge, load_judge, reconstructed, to_uint8
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
 
 
@@ -58,7 +54,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
         )
     extractors = [feature_extractors.load_extractor(source, device) for source in settings.features]
-    judge = None if settings.judge is None else _load_judge(context, settings.judge)
+    judge = None if settings.judge is None else load_judge(context, settings.judge, "generation.judge")
     train = context.splits.train
     reference = context.choose(np.arange(len(train)), settings.num_reference_images)
     reference = context.readable(train, reference, context.data.skip_corrupt)
@@ -66,7 +62,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     # The class of each sample, equally many of every class.
     labels = None if context.num_classes is None else np.arange(settings.num_samples) % context.num_classes
     samples = sample_images(context, settings, labels)
-    decoded = _reconstructed(context, context.splits.validation, context.rows)
+    decoded = reconstructed(context, context.splits.validation, context.rows)
     metrics: dict[str, Metric] = {}
     notes = [_how_sampled(context, settings, len(samples), len(reference))]
     pictures = []
@@ -76,7 +72,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             lambda batch, e=extractor: e(context.pixel_values(train, reference[list(batch)]) / 2 + 0.5),
             f"{extractor.name}, {train.name}",
         ).numpy()
-        generated, floor = (_features(context, extractor, images) for images in (samples, decoded))
+        generated, floor = (features_of(context, extractor, images) for images in (samples, decoded))
         for what, found in (("samples", generated), ("validation images", floor)):
             few = min(len(found), len(real))
             if few <= found.shape[1]:
@@ -96,20 +92,10 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         if number == 0:
             pictures.append(_neighbours(context, extractor, samples, generated, real, reference))
     if labels is not None:
-        metrics |= _agreement(context, settings, extractors[0], judge, samples, labels, decoded, notes)
+        judge = judge or linear_judge(context, extractors[0], settings.num_judge_images)
+        notes += [judge.note] if judge.note else []
+        metrics |= _agreement(context, judge, samples, labels, decoded)
     return SuiteResult(len(samples), metrics, figures=[_grid(context, samples, labels), *pictures], notes=notes)
-
-
-def _load_judge(context: EvaluationContext, path: str) -> Extractor:
-    """A TorchScript classifier, which must have the pipeline's number of classes."""
-    device, size = context.accelerator.device, context.pipeline.image_size
-    judge = Extractor(Path(path).stem, feature_extractors.load_torchscript(path, "generation.judge", device))
-    num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
-    if num_logits != context.num_classes:
-        raise ConfigError(
-            f"generation.judge: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}"
-        )
-    return judge
 
 
 def sample_images(context: EvaluationContext, settings: Settings, labels: np.ndarray | None) -> torch.Tensor:
@@ -127,35 +113,9 @@ def sample_images(context: EvaluationContext, settings: Settings, labels: np.nda
             output_type="pt",
             batch_size=len(positions),
         ).images
-        return _to_uint8(images)
+        return to_uint8(images)
 
     return context.over_in_parts(settings.num_samples, sampled, "sample")
-
-
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1] as an 8-bit file holds them."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _reconstructed(context: EvaluationContext, table: ImageTable, rows: np.ndarray) -> torch.Tensor:
-    """(M, 3, H, W) uint8: images of a split through the autoencoder and back, as samples are decoded."""
-    pipeline = context.pipeline
-
-    @torch.no_grad()
-    def decoded(positions: range) -> torch.Tensor:
-        latents = pipeline.encode(context.pixel_values(table, rows[list(positions)]))
-        return _to_uint8(pipeline.decode(latents).float() / 2 + 0.5)
-
-    return context.over(len(rows), decoded, f"autoencoder, {table.name}")
-
-
-def _features(context: EvaluationContext, extractor: Extractor, images: torch.Tensor) -> np.ndarray:
-    """(N, D) of 8-bit images (N, 3, H, W)."""
-
-    def features(batch: range) -> torch.Tensor:
-        return extractor(images[list(batch)].to(context.accelerator.device) / 255)
-
-    return context.over(len(images), features, extractor.name).numpy()
 
 
 def _how_sampled(context: EvaluationContext, settings: Settings, num_samples: int, num_reference: int) -> str:
@@ -185,34 +145,12 @@ def _distances(
 
 
 def _agreement(
-    context: EvaluationContext,
-    settings: Settings,
-    extractor: Extractor,
-    judge: Extractor | None,
-    samples: torch.Tensor,
-    labels: np.ndarray,
-    decoded: torch.Tensor,
-    notes: list[str],
+    context: EvaluationContext, judge: Judge, samples: torch.Tensor, labels: np.ndarray, decoded: torch.Tensor
 ) -> dict[str, Metric]:
-    """Share of samples to which an independent judge gives the requested class, and the judge's own accuracy.
-
-    Without a judge one is made: a logistic regression on the first extractor's features of training images, decoded
-    through the autoencoder as the samples are.
-    """
-    if judge is not None:
-        predicted, own = (_features(context, judge, images).argmax(axis=1) for images in (samples, decoded))
-        name = judge.name
-    else:
-        train = context.splits.train
-        rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
-        rows = context.readable(train, rows, context.data.skip_corrupt)
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-        classifier.fit(_features(context, extractor, _reconstructed(context, train, rows)), train.labels[rows])
-        predicted, own = (classifier.predict(_features(context, extractor, images)) for images in (samples, decoded))
-        name = f"logistic regression on {extractor.name}"
-        notes.append(f"The judge was trained on {len(rows)} training images that went through the autoencoder.")
+    """Share of samples to which an independent judge gives the requested class, and the judge's own accuracy."""
+    predicted, own = (judge.predict(images) for images in (samples, decoded))
     return {
-        f"class agreement by {name}": context.accuracy(predicted == labels),
+        f"class agreement by {judge.name}": context.accuracy(predicted == labels),
         "the judge's accuracy on decoded validation images": context.accuracy(own == context.labels),
     }
 
