@@ -3,9 +3,11 @@
     denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2, where asked with Min-SNR weights
     classification_loss = mean over the 2N rows [(z_t, t, y); (z_0', 0, y)] of alpha_t * cross entropy
     loss                = denoising_loss + classification_weight * classification_loss
+                          + time_score_weight * mean over rows of (dF / d log s - (d - |eps|^2))^2 / (2 d)
 
-z_0' is another, stronger augmentation of the same image. Source: EGC (ICCV 2023); the paper's gamma is our
-classification_weight, 0.005 for ImageNet.
+dF / d log s is the time score, see `methods/density.py`, left out where its weight is 0. z_0' is another, stronger
+augmentation of the same image. Source: EGC (ICCV 2023); the paper's gamma is our classification_weight, 0.005 for
+ImageNet.
 
 What a step costs, in forward passes of a batch through the trunk: the denoising part 6 (forward 1, input gradient 1,
 the backward pass of both 4), an ordinary pass of classification 3.
@@ -23,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latent_egc.methods.density import time_score
 from latent_egc.models.energy import NULL_LABEL, EnergyModel
+from latent_egc.models.heads import EnergyOutput
 from latent_egc.models.noise_schedule import add_noise
-from latent_egc.models.potentials import energy_potential, input_gradient
+from latent_egc.models.potentials import energy_potential, input_and_time_gradient, input_gradient
 
 UNLABELLED = -1
 
@@ -51,6 +55,8 @@ class EGCObjective(nn.Module):
         noisy_classification: whose noisy latents are classified, for a model with a class embedding: "all" rows', or
             those of "dropped" rows, each weighted by 1 / label_drop. The expectation is the same: the sum is divided by
             a fixed number, never by how many were dropped.
+        time_score_weight: at least 0, of the time score's part in `loss`, whose derivative comes from the same backward
+            pass as epsilon. Rows whose label is seen train p(z | c), others p(z).
 
     Raises:
         ValueError: an argument out of range, or "dropped" where nothing is dropped.
@@ -64,10 +70,13 @@ class EGCObjective(nn.Module):
         label_drop: float = 0.0,
         noisy_classification: Literal["all", "dropped"] = "all",
         snr_gamma: float | None = None,
+        time_score_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if classification_weight < 0:
             raise ValueError(f"classification_weight must not be negative, got {classification_weight}")
+        if time_score_weight < 0:
+            raise ValueError(f"time_score_weight must not be negative, got {time_score_weight}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if snr_gamma is not None and not snr_gamma > 0:
@@ -85,6 +94,7 @@ class EGCObjective(nn.Module):
         self.label_drop = label_drop
         self.noisy_classification = noisy_classification
         self.snr_gamma = snr_gamma
+        self.time_score_weight = time_score_weight
 
     def forward(
         self,
@@ -116,7 +126,8 @@ class EGCObjective(nn.Module):
                 target stays. Without effect on a model without class embedding.
 
         Returns:
-            `EGCLosses`; classification_loss is 0 for a model without classes.
+            `EGCLosses`; classification_loss is 0 for a model without classes. What `loss` has beyond the two is the
+            time score's.
 
         Raises:
             ValueError: labels or clean_latents missing, or out of range, for a model with classes.
@@ -148,14 +159,14 @@ class EGCObjective(nn.Module):
             if label_dropped is not None:
                 seen = seen & ~label_dropped
             embedded_labels = torch.where(seen, class_labels, NULL_LABEL)
-        epsilon, (output,) = input_gradient(energy_potential(model, embedded_labels), noisy_latents, timesteps)
+        epsilon, output, time_score_part = self._derivatives(embedded_labels, noisy_latents, noise, timesteps)
         if self.snr_gamma is None:
             denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
         else:
             min_snr_weights = (self.snr_gamma * sigma**2 / alpha**2).clamp(max=1)
             denoising_loss = (min_snr_weights * (epsilon - noise).square().mean(dim=(1, 2, 3))).mean()
         if num_classes is None:
-            return EGCLosses(denoising_loss, denoising_loss, torch.zeros_like(denoising_loss))
+            return EGCLosses(denoising_loss + time_score_part, denoising_loss, torch.zeros_like(denoising_loss))
 
         clean_timesteps = class_labels.new_zeros(len(clean_latents))
         clean_alpha, _ = model.noise_levels(clean_timesteps)
@@ -175,8 +186,29 @@ class EGCObjective(nn.Module):
         noisy_part = noisy_weights * cross_entropy(noisy_logits, class_labels, self.label_smoothing)
         clean_part = clean_weights * cross_entropy(clean_logits, clean_labels, self.label_smoothing)
         classification_loss = torch.cat([noisy_part, clean_part]).sum() / (2 * num_rows)
-        loss = denoising_loss + self.classification_weight * classification_loss
+        loss = denoising_loss + self.classification_weight * classification_loss + time_score_part
         return EGCLosses(loss, denoising_loss, classification_loss)
+
+    def _derivatives(
+        self,
+        embedded_labels: torch.Tensor | None,
+        noisy_latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> tuple[torch.Tensor, EnergyOutput, torch.Tensor | float]:
+        """Epsilon, the output that it is the gradient of, and the time score's part of the loss, 0.0 without one."""
+        model = self.energy_model
+        potential = energy_potential(model, embedded_labels)
+        if self.time_score_weight == 0:
+            epsilon, (output,) = input_gradient(potential, noisy_latents, timesteps)
+            return epsilon, output, 0.0
+        timesteps = timesteps.to(model.alphas_cumprod.dtype)  # a derivative needs floats
+        epsilon, by_time, (output,) = input_and_time_gradient(potential, noisy_latents, timesteps)
+        by_log_ratio = by_time / model.log_ratio_slopes(timesteps)
+        found = time_score(output.energy, epsilon, by_log_ratio, noisy_latents, model.noise_levels(timesteps))
+        num_dimensions = noise[0].numel()
+        target = num_dimensions - noise.square().sum(dim=(1, 2, 3))
+        return epsilon, output, self.time_score_weight * (found - target).square().mean() / (2 * num_dimensions)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
