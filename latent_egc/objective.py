@@ -1,6 +1,6 @@
 """The training loss: denoise with the energy's gradient, classify with its logits.
 
-    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2, where asked with Min-SNR weights
+    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2
     classification_loss = mean over the 2N rows [(z_t, t, y); (z_0', 0, y)] of alpha_t * cross entropy
     loss                = denoising_loss + classification_weight * classification_loss
                           + time_score_weight * mean over rows of (dF / d log s - (d - |eps|^2))^2 / (2 d)
@@ -50,8 +50,6 @@ class EGCObjective(nn.Module):
         classification_weight: gamma >= 0.
         label_smoothing: of the cross entropy, in [0, 1).
         label_drop: the probability with which labels are dropped; needed by "dropped" only.
-        snr_gamma: gamma > 0 of the Min-SNR weights of the denoising loss, min(SNR, gamma) / SNR for a network that
-            predicts epsilon, SNR = (alpha_t / sigma_t)^2; None: no weights. Source: Hang et al. (ICCV 2023).
         noisy_classification: whose noisy latents are classified, for a model with a class embedding: "all" rows', or
             those of "dropped" rows, each weighted by 1 / label_drop. The expectation is the same: the sum is divided by
             a fixed number, never by how many were dropped.
@@ -69,7 +67,6 @@ class EGCObjective(nn.Module):
         label_smoothing: float = 0.0,
         label_drop: float = 0.0,
         noisy_classification: Literal["all", "dropped"] = "all",
-        snr_gamma: float | None = None,
         time_score_weight: float = 0.0,
     ) -> None:
         super().__init__()
@@ -79,8 +76,6 @@ class EGCObjective(nn.Module):
             raise ValueError(f"time_score_weight must not be negative, got {time_score_weight}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if snr_gamma is not None and not snr_gamma > 0:
-            raise ValueError(f"snr_gamma must be positive or None, got {snr_gamma}")
         if noisy_classification not in ("all", "dropped"):
             raise ValueError(f"noisy_classification must be 'all' or 'dropped', got {noisy_classification!r}")
         if noisy_classification == "dropped" and not (energy_model.config.class_embedding and 0 < label_drop <= 1):
@@ -93,7 +88,6 @@ class EGCObjective(nn.Module):
         self.label_smoothing = label_smoothing
         self.label_drop = label_drop
         self.noisy_classification = noisy_classification
-        self.snr_gamma = snr_gamma
         self.time_score_weight = time_score_weight
 
     def forward(
@@ -105,7 +99,6 @@ class EGCObjective(nn.Module):
         clean_labels: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
-        timestep_weights: torch.Tensor | None = None,
         label_dropped: torch.Tensor | None = None,
     ) -> EGCLosses:
         """Losses of one batch.
@@ -120,8 +113,6 @@ class EGCObjective(nn.Module):
                 where the rest has no label: that rest adds 0 to the classification loss. None: `class_labels`.
             noise: (N, C, h, w); None: standard normal.
             timesteps: (N,); None: uniform integers in [0, num_train_timesteps).
-            timestep_weights: (N,), factors of the noisy rows' cross entropy: q(t) / p(t) where `timesteps` are drawn
-                from p and its mean over q is meant; None: 1.
             label_dropped: (N,) bool, rows whose class embedding sees the null label; None: none. Their classification
                 target stays. Without effect on a model without class embedding.
 
@@ -151,7 +142,7 @@ class EGCObjective(nn.Module):
                     f"floats, got {tuple(clean_labels.shape)} {clean_labels.dtype}"
                 )
 
-        levels = alpha, sigma = model.noise_levels(timesteps)
+        levels = alpha, _ = model.noise_levels(timesteps)
         noisy_latents = add_noise(latents, noise, levels)
         embedded_labels = None
         if model.config.class_embedding:
@@ -160,18 +151,14 @@ class EGCObjective(nn.Module):
                 seen = seen & ~label_dropped
             embedded_labels = torch.where(seen, class_labels, NULL_LABEL)
         epsilon, output, time_score_part = self._derivatives(embedded_labels, noisy_latents, noise, timesteps)
-        if self.snr_gamma is None:
-            denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
-        else:
-            min_snr_weights = (self.snr_gamma * sigma**2 / alpha**2).clamp(max=1)
-            denoising_loss = (min_snr_weights * (epsilon - noise).square().mean(dim=(1, 2, 3))).mean()
+        denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
         if num_classes is None:
             return EGCLosses(denoising_loss + time_score_part, denoising_loss, torch.zeros_like(denoising_loss))
 
         clean_timesteps = class_labels.new_zeros(len(clean_latents))
         clean_alpha, _ = model.noise_levels(clean_timesteps)
         # Of the noisy and of the clean rows, so that their mean over 2N is what it is where all rows are classified.
-        noisy_weights = alpha if timestep_weights is None else alpha * timestep_weights
+        noisy_weights = alpha
         clean_weights = clean_alpha * (num_rows / len(clean_labels))
         if model.config.class_embedding and self.noisy_classification == "all":
             # What the classifier sees needs no second derivative.

@@ -67,37 +67,34 @@ def test_gradients_of_the_loss_equal_autograd_grads_double_backward():
 
 
 def weighted(dtype, backend=None, time_score_weight=0.0, **overrides):
-    """The gradient and losses with Min-SNR and timestep weights and soft labels, one row of which is half labelled."""
+    """The gradient and losses with soft labels, one row of which is half labelled."""
     model = tiny_transformer(**{"class_embedding": True} | overrides).to(dtype)
     latents, labels, clean, noise, timesteps = batch(dtype=dtype)
     soft = torch.tensor([[0.2, 0.8, 0.0], [1.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]], dtype=dtype)
-    weights = torch.tensor([0.5, 2.0, 1.5, 0.0], dtype=dtype)
-    objective = EGCObjective(model, 0.3, 0.1, snr_gamma=5.0, time_score_weight=time_score_weight)
+    objective = EGCObjective(model, 0.3, 0.1, time_score_weight=time_score_weight)
     if backend is not None:
         objective.forward = CompiledForward(objective, backend=backend)
-    arguments = {"clean_labels": soft, "noise": noise, "timesteps": timesteps, "timestep_weights": weights}
+    arguments = {"clean_labels": soft, "noise": noise, "timesteps": timesteps}
     losses = objective(latents, labels, clean, **arguments)
     losses.loss.backward()
-    return torch.cat([p.grad.flatten().double() for p in model.parameters()]), losses, model, soft, weights
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()]), losses, model, soft
 
 
-def test_gradients_with_every_weight_equal_autograd_grads_double_backward():
-    """Written out: min(SNR, 5) / SNR, SNR = abar / (1 - abar); float32 is close to float64."""
-    gradient, losses, model, soft, weights = weighted(torch.float64)
+def test_gradients_with_soft_labels_equal_autograd_grads_double_backward():
+    """Written out; float32 is close to float64."""
+    gradient, losses, model, soft = weighted(torch.float64)
     model.zero_grad()
     latents, labels, clean, noise, timesteps = batch()
     abar = model.alphas_cumprod[timesteps]
     z = (abar.sqrt().view(4, 1, 1, 1) * latents + (1 - abar).sqrt().view(4, 1, 1, 1) * noise).requires_grad_()
     (epsilon,) = torch.autograd.grad(model(z, timesteps, labels).energy.sum(), z, create_graph=True)
-    snr = abar / (1 - abar)
-    assert snr.min() < 5 < snr.max()
-    denoising = (snr.clamp(max=5) / snr * (epsilon - noise).square().flatten(1).mean(dim=1)).mean()
+    denoising = (epsilon - noise).square().mean()
     noisy = F.cross_entropy(
         model(z.detach(), timesteps).logits, labels, ignore_index=-1, label_smoothing=0.1, reduction="none"
     )
     one_hot = 0.9 * torch.eye(3, dtype=torch.float64) + 0.1 / 3
     clean_entropy = -(soft @ one_hot * model(clean, 0).logits.log_softmax(dim=1)).sum(dim=1)
-    classification = ((abar.sqrt() * weights * noisy).sum() + model.alphas_cumprod[0].sqrt() * clean_entropy.sum()) / 8
+    classification = ((abar.sqrt() * noisy).sum() + model.alphas_cumprod[0].sqrt() * clean_entropy.sum()) / 8
     torch.testing.assert_close(losses.denoising_loss, denoising)
     torch.testing.assert_close(losses.classification_loss, classification)
     (denoising + 0.3 * classification).backward()
@@ -232,8 +229,6 @@ def test_bad_weights():
         EGCObjective(tiny_unet(), 1.0, 1.0)
     with pytest.raises(ValueError, match="time_score_weight must not be negative"):
         EGCObjective(tiny_unet(), time_score_weight=-1.0)
-    with pytest.raises(ValueError, match="snr_gamma must be positive"):
-        EGCObjective(tiny_unet(), snr_gamma=0.0)
 
 
 def test_noisy_classification_off_dropped_rows_by_hand_and_on_average():
