@@ -4,7 +4,6 @@ example: latent-egc compare runs/a/evaluation ours=runs/b/evaluation --latex --o
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from latent_egc.commands.evaluate import extra_packages
@@ -42,5 +41,5 @@ def run(options: argparse.Namespace) -> None:
         replace_text(file, table)
         for path in [file, *draw(comparison, options.output, "pdf" if options.latex else "png")]:
             print(f"written: {path}")
-    for note in comparison.notes:
-        print(f"note: {note}", file=sys.stderr)
+        for note in comparison.notes:  # they stand in the table too
+            print(f"note: {note}")
