@@ -6,6 +6,7 @@ and where a job was stopped therefore change nothing but the last bits of roundi
 FOLDER/samples.json  and  000000_cat.png 000001_dog.png ...  or, once all of them are drawn, samples.npz in their place
 """
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,10 @@ def _record(
         "seed": seed,
         "files": ARCHIVE if as_npz else "png",
     }
-    return json.loads(json.dumps(record | options))
+    arguments = inspect.signature(EGCPipeline.__call__).parameters
+    # What is given as it would be anyway changes nothing; and a set may be finished by a version with other arguments.
+    told = {name: value for name, value in options.items() if value != arguments[name].default}
+    return json.loads(json.dumps(record | told))
 
 
 def _refuse_other(folder: Path, found: dict[str, Any] | None, record: dict[str, Any]) -> None:
