@@ -117,7 +117,8 @@ def _record(
     }
     arguments = inspect.signature(EGCPipeline.__call__).parameters
     # What is given as it would be anyway changes nothing; and a set may be finished by a version with other arguments.
-    told = {name: value for name, value in options.items() if value != arguments[name].default}
+    idle = {name for name, value in options.items() if name in arguments and value == arguments[name].default}
+    told = {name: value for name, value in options.items() if name not in idle}
     return json.loads(json.dumps(record | told))
 
 
@@ -128,10 +129,10 @@ def _refuse_other(folder: Path, found: dict[str, Any] | None, record: dict[str, 
         check_unoccupied(folder)
         return
     for key in [*record, *found]:
-        if found.get(key) != record.get(key):
+        before, now = found.get(key, "its default"), record.get(key, "its default")
+        if before != now:
             raise ConfigError(
-                f"{folder} holds samples drawn with {key}={found.get(key)!r}, asked for {record.get(key)!r}; "
-                "choose another folder"
+                f"{folder} holds samples drawn with {key}={before}, asked for {now}; choose another folder"
             )
 
 
