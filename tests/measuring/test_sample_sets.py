@@ -149,7 +149,7 @@ def test_a_set_drawn_otherwise_is_refused(tmp_path):
     for changes, message in (
         ({"num_inference_steps": 3}, "num_inference_steps=2, asked for 3"),
         ({"seed": 6}, "seed=5, asked for 6"),
-        ({"guidance_scale": 3.0}, r"guidance_scale=None, asked for 3\.0"),
+        ({"guidance_scale": 3.0}, r"guidance_scale=its default, asked for 3\.0"),
         ({"class_ids": [1]}, r"classes=\['cat'\], asked for \['dog'\]"),
         ({"num_images": 3}, "num_images=2, asked for 3"),
         ({"as_npz": True}, "files='png', asked for 'samples.npz'"),
