@@ -123,7 +123,7 @@ def first_images(pipeline: EGCPipeline, data: DataConfig, count: int = 2 * NUM_I
 
     Raises ConfigError as `load_splits`.
     """
-    table, found = load_splits(data, len(pipeline.id2label) or None).validation, []
+    table, found = load_splits(data, len(pipeline.id2label)).validation, []
     for row in range(len(table)):
         try:
             found.append(central_crop(table.image(row), pipeline.image_size))
@@ -302,18 +302,12 @@ def _counterfactual(gallery: Gallery) -> Panel:
     found = gallery.pipeline.counterfactual(images, strength=gallery.strength, **options)
     before, after = _as_columns(images), found.images
     ids = {name: class_id for class_id, name in gallery.pipeline.id2label.items()}
-    names = [
-        textwrap.fill(f"{gallery.name(ids[old])} -> {gallery.name(ids[asked])}{'' if flipped else ' (failed)'}", 24)
-        + f"\nl2 {far:.1f}, autoencoder {alone:.1f}"
-        for old, asked, flipped, far, alone in zip(
-            found.labels_before,
-            found.labels_asked,
-            found.flipped.tolist(),
-            found.pixel_distance.tolist(),
-            found.autoencoder_distance.tolist(),
-            strict=True,
-        )
-    ]
+    names = []
+    for number, flipped in enumerate(found.flipped.tolist()):
+        old, asked = (gallery.name(ids[labels[number]]) for labels in (found.labels_before, found.labels_asked))
+        arrow = "-> " if len(old + asked) < 16 else "->\n"
+        far, alone = (float(distances[number]) for distances in (found.pixel_distance, found.autoencoder_distance))
+        names.append(f"{old} {arrow}{asked}{'' if flipped else ' (failed)'}\nl2 {far:.1f}, autoencoder {alone:.1f}")
     shown = np.stack([before, after, 0.5 + (after - before) / 2], axis=1)
     title = f"Counterfactuals towards the second likeliest class, strength {gallery.strength:g}"
     return Panel(shown, names, title, ["before", "after", "difference"])
