@@ -18,6 +18,7 @@ VERBS = (
     "classify",
     "certify",
     "edit",
+    "gallery",
     "evaluate",
     "probe",
     "report",
