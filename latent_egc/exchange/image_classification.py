@@ -154,7 +154,6 @@ class EGCPreTrainedModel(PreTrainedModel):
 
     config_class = EGCConfig
     main_input_name = "pixel_values"
-    _no_split_modules = ["UNetBlock", "TransformerBlock", "ResnetBlock2D"]
     _keys_to_ignore_on_load_unexpected = ["^linear[.]"]  # features of a classifier
 
     def __init__(self, config: EGCConfig) -> None:
@@ -169,6 +168,8 @@ class EGCPreTrainedModel(PreTrainedModel):
                 if hasattr(self.vae, part):
                     setattr(self.vae, part, nn.Identity())
             self.vae.eval().requires_grad_(False)
+        # Skip connections join layers that are far apart: a network stays whole on one device.
+        self._no_split_modules = [type(network).__name__ for network in self.children()]
         blocks = named_blocks(self.energy_model)
         self.block = [*blocks][-1] if config.block is None else config.block
         if self.block not in blocks:
