@@ -364,8 +364,9 @@ def _read_weights(
     return tensors
 
 
+# Releases of transformers before 5 make no pipeline of a folder's code without it.
+AutoImageProcessor.register(EGCConfig, slow_image_processor_class=EGCImageProcessor, exist_ok=True)
 if __name__.split(".")[0] == "latent_egc":
     AutoConfig.register(EGCConfig.model_type, EGCConfig)
     AutoModel.register(EGCConfig, EGCModel)
     AutoModelForImageClassification.register(EGCConfig, EGCForImageClassification)
-    AutoImageProcessor.register(EGCConfig, slow_image_processor_class=EGCImageProcessor)
