@@ -18,6 +18,7 @@ VERBS = (
     "classify",
     "certify",
     "edit",
+    "demo",
     "evaluate",
     "probe",
     "report",
