@@ -130,12 +130,7 @@ def _classify_tab(network: Network) -> None:
 
     options = {"outputs": [label, energy], "show_progress": "hidden", "trigger_mode": "always_last"}
     image.change(_shown(lambda path: classify(_opened(path))), image, **options)
-    gr.on(
-        [drawing.change, drawing.input],
-        _shown(lambda drawn: classify(drawn and drawn["composite"])),
-        drawing,
-        **options,
-    )
+    drawing.input(_shown(lambda drawn: classify(drawn and drawn["composite"])), drawing, **options)
 
 
 def _generate_tab(network: Network) -> None:

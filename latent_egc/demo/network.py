@@ -31,7 +31,7 @@ COLOURS_OF_DIFFERENCE = "In the difference red is brighter, blue darker."
 # The curves of `along_noise`: levels, draws of noise at each, classes shown, training images compared with.
 LEVELS = tuple(number / 24 for number in range(25))
 NUM_DRAWS, SHOWN_CLASSES, NUM_COMPARED = 8, 5, 32
-THIS_IMAGE, LOW, HIGH = "this image", "a tenth of the training images is below", "nine tenths are below"
+THIS_IMAGE, LOW, HIGH = "this image", "10 % of training images below", "90 % below"
 
 
 @dataclass(frozen=True)
