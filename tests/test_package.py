@@ -20,6 +20,7 @@ LAYERS = [
     {"training"},
     {"exchange"},
     {"measuring"},
+    {"demo"},
     {"commands", "cli", "__main__"},
 ]
 # What travels to the Hub imports nothing that a machine with diffusers alone has not, and is concatenated there.
@@ -167,7 +168,7 @@ def test_wheel_holds_only_latent_egc(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"latent_egc"}
     assert {f"{name.replace('.', '/')}.py" for name in SOURCES} <= names
-    for asset in ("measuring/report.html.j2", "assets/digits_vae/config.json"):
+    for asset in ("measuring/report.html.j2", "assets/digits_vae/config.json", "assets/digits.yaml"):
         assert f"latent_egc/{asset}" in names
     assert "latent_egc/assets/digits_vae/diffusion_pytorch_model.safetensors" in names
 

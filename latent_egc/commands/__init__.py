@@ -19,6 +19,7 @@ VERBS = (
     "certify",
     "edit",
     "gallery",
+    "demo",
     "evaluate",
     "probe",
     "report",
