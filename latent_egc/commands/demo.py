@@ -65,5 +65,5 @@ def run(options: argparse.Namespace) -> None:
     from latent_egc.demo.interface import launch  # imports gradio, for seconds: errors before it come at once
 
     page = launch(network, Path(name).resolve().name, options.host, options.port)
-    print(f"the demo is at {page.local_url} (Ctrl-C ends it)")
+    print(f"the demo is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()

@@ -65,6 +65,7 @@ def launch(network: Network, title: str, host: str = "127.0.0.1", port: int | No
     page.launch(
         server_name=host,
         server_port=port,
+        share=False,
         prevent_thread_lock=True,
         quiet=True,
         allowed_paths=[],

@@ -269,7 +269,7 @@ class Network:
         summary = (
             f"It was {output.labels_before[0]}, and the classifier {verdict}, at guidance scale "
             f"{output.guidance_scales.item():g}. l2 distance {distances[0]:.2f} of pixels in [0, 1], "
-            f"of which the autoencoder alone makes {distances[1]:.2f}. {COLOURS_OF_DIFFERENCE}"
+            f"by the autoencoder alone {distances[1]:.2f}. {COLOURS_OF_DIFFERENCE}"
         )
         return Edited(self._compared(image, output.images[0]), summary)
 
