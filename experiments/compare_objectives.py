@@ -42,10 +42,7 @@ FORMS = {
     },
     "options": {
         "plain": Form(9, []),
-        "Min-SNR 5": Form(9, ["objective.snr_gamma=5"]),
         "log-normal timesteps": Form(9, ["objective.timestep_log_normal=[-0.5, 1.2]"]),
-        "classification at low noise": Form(9, ["objective.classification_log_normal=[-1.5, 1.0]"]),
-        "low-discrepancy timesteps": Form(9, ["objective.low_discrepancy_timesteps=true"]),
         "Mixup 0.2": Form(9, ["data.mixup=0.2"]),
         "CutMix 1 in half the pairs": Form(9, ["data.cutmix=1", "data.mixup_prob=0.5"]),
         "erasing 0.25": Form(9, ["data.reprob=0.25"]),

@@ -87,12 +87,9 @@ class ObjectiveConfig:
     # With a class embedding: the noisy cross entropy of all rows, or of those whose label is dropped, which is cheaper.
     noisy_classification: Literal["all", "dropped"] = "all"
     clean_fraction: float = within(1.0, 1e-3, 1.0)  # share of the rows that the clean branch sees, weighted by 1 / it
-    snr_gamma: float | None = within(None, 1e-3)  # Min-SNR weights of the denoising loss, 5 as published; null: none
+    time_score_weight: float = within(0.0, 0.0)  # matches the energy's derivative by the noise level too; 0: not
     # Timesteps by a normal distribution (mean, std) of log(sigma_t / alpha_t); null: uniform.
     timestep_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)
-    # Likewise of the levels over which the noisy cross entropy is a mean, by weights; null: those that are drawn.
-    classification_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)
-    low_discrepancy_timesteps: bool = False  # spread evenly over any successive samples, not drawn independently
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The training loss: denoise with the energy's gradient, classify with its logits.
 
-    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2, where asked with Min-SNR weights
+    denoising_loss      = mean over elements of (epsilon(z_t, t) - eps)^2
     classification_loss = mean over the 2N rows [(z_t, t, y); (z_0', 0, y)] of alpha_t * cross entropy
     loss                = denoising_loss + classification_weight * classification_loss
+                          + time_score_weight * mean over rows of (dF / d log s - (d - |eps|^2))^2 / (2 d)
 
-z_0' is another, stronger augmentation of the same image. Source: EGC (ICCV 2023); the paper's gamma is our
-classification_weight, 0.005 for ImageNet.
+dF / d log s is the time score, see `methods/density.py`, left out where its weight is 0. z_0' is another, stronger
+augmentation of the same image. Source: EGC (ICCV 2023); the paper's gamma is our classification_weight, 0.005 for
+ImageNet.
 
 What a step costs, in forward passes of a batch through the trunk: the denoising part 6 (forward 1, input gradient 1,
 the backward pass of both 4), an ordinary pass of classification 3.
@@ -23,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latent_egc.methods.density import time_score
 from latent_egc.models.energy import NULL_LABEL, EnergyModel
+from latent_egc.models.heads import EnergyOutput
 from latent_egc.models.noise_schedule import add_noise
-from latent_egc.models.potentials import energy_potential, input_gradient
+from latent_egc.models.potentials import energy_potential, input_and_time_gradient, input_gradient
 
 UNLABELLED = -1
 
@@ -46,11 +50,11 @@ class EGCObjective(nn.Module):
         classification_weight: gamma >= 0.
         label_smoothing: of the cross entropy, in [0, 1).
         label_drop: the probability with which labels are dropped; needed by "dropped" only.
-        snr_gamma: gamma > 0 of the Min-SNR weights of the denoising loss, min(SNR, gamma) / SNR for a network that
-            predicts epsilon, SNR = (alpha_t / sigma_t)^2; None: no weights. Source: Hang et al. (ICCV 2023).
         noisy_classification: whose noisy latents are classified, for a model with a class embedding: "all" rows', or
             those of "dropped" rows, each weighted by 1 / label_drop. The expectation is the same: the sum is divided by
             a fixed number, never by how many were dropped.
+        time_score_weight: at least 0, of the time score's part in `loss`, whose derivative comes from the same backward
+            pass as epsilon. Rows whose label is seen train p(z | c), others p(z).
 
     Raises:
         ValueError: an argument out of range, or "dropped" where nothing is dropped.
@@ -63,15 +67,15 @@ class EGCObjective(nn.Module):
         label_smoothing: float = 0.0,
         label_drop: float = 0.0,
         noisy_classification: Literal["all", "dropped"] = "all",
-        snr_gamma: float | None = None,
+        time_score_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if classification_weight < 0:
             raise ValueError(f"classification_weight must not be negative, got {classification_weight}")
+        if time_score_weight < 0:
+            raise ValueError(f"time_score_weight must not be negative, got {time_score_weight}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if snr_gamma is not None and not snr_gamma > 0:
-            raise ValueError(f"snr_gamma must be positive or None, got {snr_gamma}")
         if noisy_classification not in ("all", "dropped"):
             raise ValueError(f"noisy_classification must be 'all' or 'dropped', got {noisy_classification!r}")
         if noisy_classification == "dropped" and not (energy_model.config.class_embedding and 0 < label_drop <= 1):
@@ -84,7 +88,7 @@ class EGCObjective(nn.Module):
         self.label_smoothing = label_smoothing
         self.label_drop = label_drop
         self.noisy_classification = noisy_classification
-        self.snr_gamma = snr_gamma
+        self.time_score_weight = time_score_weight
 
     def forward(
         self,
@@ -95,7 +99,6 @@ class EGCObjective(nn.Module):
         clean_labels: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
-        timestep_weights: torch.Tensor | None = None,
         label_dropped: torch.Tensor | None = None,
     ) -> EGCLosses:
         """Losses of one batch.
@@ -110,13 +113,12 @@ class EGCObjective(nn.Module):
                 where the rest has no label: that rest adds 0 to the classification loss. None: `class_labels`.
             noise: (N, C, h, w); None: standard normal.
             timesteps: (N,); None: uniform integers in [0, num_train_timesteps).
-            timestep_weights: (N,), factors of the noisy rows' cross entropy: q(t) / p(t) where `timesteps` are drawn
-                from p and its mean over q is meant; None: 1.
             label_dropped: (N,) bool, rows whose class embedding sees the null label; None: none. Their classification
                 target stays. Without effect on a model without class embedding.
 
         Returns:
-            `EGCLosses`; classification_loss is 0 for a model without classes.
+            `EGCLosses`; classification_loss is 0 for a model without classes. What `loss` has beyond the two is the
+            time score's.
 
         Raises:
             ValueError: labels or clean_latents missing, or out of range, for a model with classes.
@@ -140,7 +142,7 @@ class EGCObjective(nn.Module):
                     f"floats, got {tuple(clean_labels.shape)} {clean_labels.dtype}"
                 )
 
-        levels = alpha, sigma = model.noise_levels(timesteps)
+        levels = alpha, _ = model.noise_levels(timesteps)
         noisy_latents = add_noise(latents, noise, levels)
         embedded_labels = None
         if model.config.class_embedding:
@@ -148,19 +150,15 @@ class EGCObjective(nn.Module):
             if label_dropped is not None:
                 seen = seen & ~label_dropped
             embedded_labels = torch.where(seen, class_labels, NULL_LABEL)
-        epsilon, (output,) = input_gradient(energy_potential(model, embedded_labels), noisy_latents, timesteps)
-        if self.snr_gamma is None:
-            denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
-        else:
-            min_snr_weights = (self.snr_gamma * sigma**2 / alpha**2).clamp(max=1)
-            denoising_loss = (min_snr_weights * (epsilon - noise).square().mean(dim=(1, 2, 3))).mean()
+        epsilon, output, time_score_part = self._derivatives(embedded_labels, noisy_latents, noise, timesteps)
+        denoising_loss = F.mse_loss(epsilon, noise.to(epsilon.dtype))
         if num_classes is None:
-            return EGCLosses(denoising_loss, denoising_loss, torch.zeros_like(denoising_loss))
+            return EGCLosses(denoising_loss + time_score_part, denoising_loss, torch.zeros_like(denoising_loss))
 
         clean_timesteps = class_labels.new_zeros(len(clean_latents))
         clean_alpha, _ = model.noise_levels(clean_timesteps)
         # Of the noisy and of the clean rows, so that their mean over 2N is what it is where all rows are classified.
-        noisy_weights = alpha if timestep_weights is None else alpha * timestep_weights
+        noisy_weights = alpha
         clean_weights = clean_alpha * (num_rows / len(clean_labels))
         if model.config.class_embedding and self.noisy_classification == "all":
             # What the classifier sees needs no second derivative.
@@ -175,8 +173,29 @@ class EGCObjective(nn.Module):
         noisy_part = noisy_weights * cross_entropy(noisy_logits, class_labels, self.label_smoothing)
         clean_part = clean_weights * cross_entropy(clean_logits, clean_labels, self.label_smoothing)
         classification_loss = torch.cat([noisy_part, clean_part]).sum() / (2 * num_rows)
-        loss = denoising_loss + self.classification_weight * classification_loss
+        loss = denoising_loss + self.classification_weight * classification_loss + time_score_part
         return EGCLosses(loss, denoising_loss, classification_loss)
+
+    def _derivatives(
+        self,
+        embedded_labels: torch.Tensor | None,
+        noisy_latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> tuple[torch.Tensor, EnergyOutput, torch.Tensor | float]:
+        """Epsilon, the output that it is the gradient of, and the time score's part of the loss, 0.0 without one."""
+        model = self.energy_model
+        potential = energy_potential(model, embedded_labels)
+        if self.time_score_weight == 0:
+            epsilon, (output,) = input_gradient(potential, noisy_latents, timesteps)
+            return epsilon, output, 0.0
+        timesteps = timesteps.to(model.alphas_cumprod.dtype)  # a derivative needs floats
+        epsilon, by_time, (output,) = input_and_time_gradient(potential, noisy_latents, timesteps)
+        by_log_ratio = by_time / model.log_ratio_slopes(timesteps)
+        found = time_score(output.energy, epsilon, by_log_ratio, noisy_latents, model.noise_levels(timesteps))
+        num_dimensions = noise[0].numel()
+        target = num_dimensions - noise.square().sum(dim=(1, 2, 3))
+        return epsilon, output, self.time_score_weight * (found - target).square().mean() / (2 * num_dimensions)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:

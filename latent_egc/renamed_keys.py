@@ -12,11 +12,21 @@ RENAMED = {
     "sampling.images_per_class": "num_images_per_label",
 }
 NEW_VALUES = {("training.shard_optimizer", "True"): "optimizer", ("training.shard_optimizer", "False"): "none"}
+# Keys that are gone -> the value at which they did nothing. Files that say just that are still read.
+REMOVED = {
+    "objective.snr_gamma": None,
+    "objective.classification_log_normal": None,
+    "objective.low_discrepancy_timesteps": False,
+}
 
 
 def with_new_names(values: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
     """Keys under their names of today; of two names of one key the later stands. One warning for all old names."""
     renamed, old = dict(values), []
+    for section in {key.split(".")[0] for key in REMOVED}:
+        if isinstance(values.get(section), Mapping):
+            named = [(key, f"{section}.{key}", value) for key, value in values[section].items()]
+            renamed[section] = {key: value for key, n, value in named if n not in REMOVED or value != REMOVED[n]}
     for section in {key.split(".")[0] for key in RENAMED}:
         if isinstance(values.get(section), Mapping):
             old += [name for key in values[section] if (name := f"{section}.{key}") in RENAMED]

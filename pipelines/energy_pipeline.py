@@ -36,6 +36,8 @@ class EnergyPipeline(SelfContainedPipeline):
         scheduler: any epsilon-prediction scheduler of diffusers on the energy network's own noise schedule.
         id2label: class id -> name; None: the ids are the names.
         default_guidance_scale: what `guidance_scale=None` means for labelled samples, at least 1.
+        log_normalizer: log Z, with which the energies of all noise levels are one density, see
+            `DensityPipeline.log_density`; None: the network was not trained for that.
 
     Raises:
         ValueError: a scheduler with other betas or another prediction type, names that do not fit the classes, or
@@ -53,6 +55,7 @@ class EnergyPipeline(SelfContainedPipeline):
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | dict[int, str] | None = None,
         default_guidance_scale: float = 1.0,
+        log_normalizer: float | None = None,
     ) -> None:
         super().__init__()
         num_classes = energy_model.config.num_classes or 0
@@ -64,7 +67,9 @@ class EnergyPipeline(SelfContainedPipeline):
         if not default_guidance_scale >= 1:
             raise ValueError(f"default_guidance_scale must be at least 1, got {default_guidance_scale}")
         self.register_modules(energy_model=energy_model, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label, default_guidance_scale=default_guidance_scale)
+        self.register_to_config(
+            id2label=id2label, default_guidance_scale=default_guidance_scale, log_normalizer=log_normalizer
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         check_scheduler(self.scheduler, self.energy_model)
         for module in (energy_model, vae):

@@ -21,6 +21,7 @@ from .certification import CertifyingPipeline
 from .class_names import ClassLabels
 from .composition import ComposingPipeline, epsilon_of
 from .correction import Correction, checked_corrector
+from .density import DensityPipeline
 from .editing import EditingPipeline
 from .energy_pipeline import EnergyPipeline, StepCallback
 from .guidance import Guidance, GuidanceScale, candidate_scores, scale_at
@@ -40,7 +41,7 @@ class EGCSampleOutput(ImagePipelineOutput):
     acceptance_rates: torch.Tensor | None = None
 
 
-class EGCPipeline(CertifyingPipeline, ComposingPipeline, EditingPipeline):
+class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, EditingPipeline):
     """Samples, classifies and edits images with one energy network; its components are those of an `EnergyPipeline`."""
 
     # --- sampling ---------------------------------------------------------------------------------------------------

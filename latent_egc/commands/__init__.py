@@ -21,6 +21,8 @@ VERBS = (
     "evaluate",
     "probe",
     "report",
+    "compare",
+    "reference",
     "info",
     "export",
     "convert",

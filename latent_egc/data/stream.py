@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from latent_egc.config import Config, DataConfig, ObjectiveConfig
+from latent_egc.config import Config, DataConfig
 from latent_egc.data.mixing import erasing_mask, mixes, mixing_mask
 from latent_egc.models.noise_schedule import noise_schedule
 
@@ -122,17 +122,15 @@ def sample_draws(
     return draws
 
 
-def timestep_probabilities(alphas_cumprod: np.ndarray, log_normal: tuple[float, float] | None) -> np.ndarray:
+def timestep_probabilities(alphas_cumprod: np.ndarray, log_normal: tuple[float, float]) -> np.ndarray:
     """(T,) float64, positive or underflown, summing to 1: how often each timestep is drawn.
 
     Args:
         alphas_cumprod: (T,) abar_t.
         log_normal: mean and std > 0 of the normal distribution of log(sigma_t / alpha_t), each timestep having the mass
-            of its surroundings; None: all timesteps alike. Source: EDM, Karras et al. (NeurIPS 2022), whose data have
-            std 0.5 where latents have 1: add log 2 to its means.
+            of its surroundings. Source: EDM, Karras et al. (NeurIPS 2022), whose data have std 0.5 where latents have
+            1: add log 2 to its means.
     """
-    if log_normal is None:
-        return np.full(len(alphas_cumprod), 1 / len(alphas_cumprod))
     mean, std = log_normal
     levels = 0.5 * np.log((1 - alphas_cumprod) / alphas_cumprod)
     exponents = -0.5 * ((levels - mean) / std) ** 2
@@ -141,50 +139,36 @@ def timestep_probabilities(alphas_cumprod: np.ndarray, log_normal: tuple[float, 
 
 
 class TimestepSampling:
-    """Other timesteps than independent uniform ones, and what they weigh in the noisy cross entropy.
+    """Timesteps that are not uniform.
 
     Args:
-        config: `timestep_log_normal` p, `classification_log_normal` q (None: p), `low_discrepancy_timesteps`.
-        alphas_cumprod: (T,) abar_t.
+        probabilities: (T,), see `timestep_probabilities`.
         seed: the run's.
     """
 
-    def __init__(self, config: ObjectiveConfig, alphas_cumprod: np.ndarray, seed: int) -> None:
-        drawn = timestep_probabilities(alphas_cumprod, config.timestep_log_normal)
-        wanted = timestep_probabilities(alphas_cumprod, config.classification_log_normal)
-        self.cumulative = np.cumsum(drawn)
-        self.weights = None
-        if config.classification_log_normal not in (None, config.timestep_log_normal):
-            self.weights = np.divide(wanted, drawn, out=np.zeros_like(wanted), where=drawn > 0).astype(np.float32)
-        self.seed, self.offset = seed, None
-        if config.low_discrepancy_timesteps:
-            self.offset = random_stream(seed, TIMESTEPS, 0).random()
+    def __init__(self, probabilities: np.ndarray, seed: int) -> None:
+        self.cumulative, self.seed = np.cumsum(probabilities), seed
 
-    def draws(self, sample: int, uniform: int) -> dict[str, torch.Tensor]:
-        """timesteps () int64, and timestep_weights () float32 where q is not p: q(t) / p(t), whose mean under p is 1.
+    def draw(self, sample: int, uniform: int) -> torch.Tensor:
+        """() int64.
 
         Args:
             sample: its number.
             uniform: its uniform timestep, which is the sampled one's quantile, rounded.
         """
-        if self.offset is None:
-            rest = random_stream(self.seed, TIMESTEPS, sample).random()
-            quantile = (uniform + rest) / len(self.cumulative)
-        else:  # steps of the golden ratio around a circle: any N successive ones lie nearly evenly
-            quantile = (self.offset + sample * (math.sqrt(5) - 1) / 2) % 1
-        timestep = min(np.searchsorted(self.cumulative, quantile, side="right"), len(self.cumulative) - 1)
-        draws = {"timesteps": torch.tensor(timestep)}
-        return draws if self.weights is None else draws | {"timestep_weights": torch.tensor(self.weights[timestep])}
+        rest = random_stream(self.seed, TIMESTEPS, sample).random()
+        quantile = (uniform + rest) / len(self.cumulative)
+        return torch.tensor(min(np.searchsorted(self.cumulative, quantile, side="right"), len(self.cumulative) - 1))
 
 
 def timestep_sampling(config: Config) -> TimestepSampling | None:
     """What draws the timesteps of a run with a resolved model; None: `sample_draws`, as they are uniform."""
-    keys = ("timestep_log_normal", "classification_log_normal", "low_discrepancy_timesteps")
-    if not any(getattr(config.objective, key) for key in keys):
+    if config.objective.timestep_log_normal is None:
         return None
     schedule = [config.model[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")]
     alphas_cumprod = noise_schedule(*schedule, torch.float64).numpy()
-    return TimestepSampling(config.objective, alphas_cumprod, config.training.seed)
+    probabilities = timestep_probabilities(alphas_cumprod, config.objective.timestep_log_normal)
+    return TimestepSampling(probabilities, config.training.seed)
 
 
 def clean_share(clean_fraction: float) -> Fraction:
@@ -242,7 +226,7 @@ class TrainingSamples(Dataset):
             seen = math.floor((sample + 1) * self.clean_share) > clean_row
             item = {**view, **sample_draws(seed, sample, *rest, clean=seen)}
             if self.timesteps is not None:
-                item |= self.timesteps.draws(sample, int(item["timesteps"]))
+                item["timesteps"] = self.timesteps.draw(sample, int(item["timesteps"]))
             clean_view = item.pop("clean_view")
             if seen:
                 item |= {"clean_view": clean_view, "clean_labels": item["class_labels"]}

@@ -22,6 +22,7 @@ from latent_egc.data.autoencoders import fingerprint
 from latent_egc.data.sources import ImageTable, load_splits
 from latent_egc.data.stream import VALIDATION_NOISE, random_stream
 from latent_egc.data.views import central_view
+from latent_egc.measuring.meaning import data_meaning
 from latent_egc.measuring.results import Metric, bootstrapped
 from latent_egc.measuring.settings import StudySettings
 from latent_egc.models.noise_schedule import add_noise
@@ -48,6 +49,13 @@ def noise_of_rows(
     """
     draws = [random_stream(seed, purpose, int(row)).standard_normal(shape, dtype=dtype) for row in rows]
     return torch.from_numpy(np.stack(draws)).float()
+
+
+def chosen_rows(rows: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """`count` of the rows, drawn by the seed and in ascending order; all of them for None or a larger count."""
+    if count is None or count >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
 
 
 class StudyContext:
@@ -121,16 +129,14 @@ class StudyContext:
 
     def identity(self) -> dict[str, Any]:
         """What every suite's numbers depend on besides its settings: plain values."""
-        return {"data": dataclasses.asdict(self.data)}
+        return {"data": data_meaning(dataclasses.asdict(self.data))}
 
     def prepare(self, suites: Sequence[str]) -> None:
         """What all processes do together before these suites run."""
 
     def choose(self, rows: np.ndarray, count: int | None) -> np.ndarray:
-        """`count` of the rows, drawn by the seed and in ascending order; all of them for None or a larger count."""
-        if count is None or count >= len(rows):
-            return rows
-        return np.sort(np.random.default_rng(self.settings.seed).choice(rows, count, replace=False))
+        """`chosen_rows` by the study's seed."""
+        return chosen_rows(rows, count, self.settings.seed)
 
     def readable(self, table: ImageTable, rows: np.ndarray, skip_corrupt: bool) -> np.ndarray:
         """The rows of a split, less those of corrupt images where `skip_corrupt`, with a warning that counts them.

@@ -7,6 +7,7 @@ extractor's name stands in the metric's.
 A TorchScript file is a program: run, it can write files. A transformers model is weights, read without running code.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,13 @@ from torchmetrics.image.kid import poly_mmd
 from transformers import AutoModel
 
 from latent_egc.config import ConfigError
+from latent_egc.measuring.meaning import file_digest
 
-# What DINOv2 was trained on: ImageNet's mean and deviation, and 224 px as in Stein et al. (NeurIPS 2023).
+INCEPTION = "Inception-v3"
+# FD-DINOv2 as published (Stein et al., NeurIPS 2023): the class token behind the last norm; images of any size resized
+# to 224 px, aspect and all, by the antialiased bicubic kernel, with ImageNet's mean and deviation.
 DINO_MEAN, DINO_STD, DINO_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
+POINTS_AT_ONCE = 2000
 TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript", ".jit")
 
 
@@ -35,6 +40,7 @@ class Extractor:
 
     name: str  # as it stands in the metrics' names
     function: Callable[[torch.Tensor], torch.Tensor]
+    digest: str = ""  # of its weights and of what it does to images before; another value means other features
     to_logits: Callable[[torch.Tensor], torch.Tensor] | None = None  # features -> (N, K), of a classifier's trunk
 
     @torch.no_grad()
@@ -67,9 +73,10 @@ def load_extractor(source: str, device: torch.device, key: str = "generation.fea
     if source == "inception":
         return _load_inception(key, device)
     if source.endswith(TORCHSCRIPT_SUFFIXES):
-        return Extractor(Path(source).stem.removesuffix("_features"), load_torchscript(source, key, device))
+        program = load_torchscript(source, key, device)
+        return Extractor(Path(source).stem.removesuffix("_features"), program, file_digest(Path(source)))
     try:
-        network = AutoModel.from_pretrained(source).eval().to(device)
+        network = AutoModel.from_pretrained(source).float().eval().to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{key}: {source!r} is neither a TorchScript file ({', '.join(TORCHSCRIPT_SUFFIXES)}) nor a DINOv2 that "
@@ -83,7 +90,15 @@ def load_extractor(source: str, device: torch.device, key: str = "generation.fea
         images = F.interpolate(images, (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True).clamp(0, 1)
         return network(pixel_values=(images - mean) / std).last_hidden_state[:, 0]
 
-    return Extractor(Path(source).name, class_token)
+    return Extractor(Path(source).name, class_token, f"{_digest(network)}, bicubic to {DINO_SIZE} px")
+
+
+def _digest(network: torch.nn.Module) -> str:
+    """Of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_inception(key: str, device: torch.device) -> Extractor:
@@ -98,8 +113,9 @@ def _load_inception(key: str, device: torch.device) -> Extractor:
             f"weights-inception-2015-12-05-6726825d.pth of its release v0.2.0 in {torch.hub.get_dir()}/checkpoints"
         ) from error
     return Extractor(
-        "Inception-v3",
+        INCEPTION,
         lambda images: network((images * 255).round().to(torch.uint8)),
+        f"{_digest(network)}, bilinear to 299 px as TensorFlow 1",
         to_logits=lambda features: features @ network.fc.weight.T.to(features),
     )
 
@@ -122,15 +138,22 @@ def inception_score(logits: torch.Tensor, seed: int, num_splits: int = 10) -> tu
     return float(mean), float(deviation)
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features (N, D).
+Moments = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D), float64
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Of features (N, D)."""
+    features = features.astype(np.float64)
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features, by their moments.
 
     The trace of the root is computed on the symmetric C1^(1/2) C2 C1^(1/2), which has the eigenvalues of C1 C2 and none
     below zero. Source: Heusel et al. (NeurIPS 2017).
     """
-    first, second = first.astype(np.float64), second.astype(np.float64)
-    difference = first.mean(axis=0) - second.mean(axis=0)
-    covariances = [np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (first, second)]
+    difference, covariances = first[0] - second[0], (first[1], second[1])
     values, vectors = scipy.linalg.eigh(covariances[0])
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(scipy.linalg.eigvalsh(root @ covariances[1] @ root).clip(min=0)).sum()
@@ -164,7 +187,11 @@ def precision_and_recall(real: np.ndarray, generated: np.ndarray, num_neighbours
     def covered(points: np.ndarray, support: np.ndarray) -> float:
         # The nearest neighbour of a support point is itself.
         radii = NearestNeighbors(n_neighbors=num_neighbours + 1).fit(support).kneighbors(support)[0][:, -1]
-        distances = torch.cdist(torch.from_numpy(points).double(), torch.from_numpy(support).double())
-        return float((distances <= torch.from_numpy(radii)).any(dim=1).double().mean())
+        radii, support = torch.from_numpy(radii), torch.from_numpy(support).double()
+        inside = [
+            (torch.cdist(part.double(), support) <= radii).any(dim=1)
+            for part in torch.from_numpy(points).split(POINTS_AT_ONCE)  # all distances may be more than memory holds
+        ]
+        return float(torch.cat(inside).double().mean())
 
     return covered(generated, real), covered(real, generated)

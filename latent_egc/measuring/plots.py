@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import einops
 import matplotlib
 import numpy as np
 from PIL import Image
 
-from latent_egc.measuring.results import Metric
+from latent_egc.measuring.results import Curves, Metric
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DPI = 130
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def _axes() -> tuple[Figure, Axes]:
@@ -27,8 +29,12 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _png(figure: Figure) -> bytes:
+    return _file(figure, "png", {})
+
+
+def _file(figure: Figure, kind: str, metadata: Mapping[str, None]) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     plt.close(figure)
     return buffer.getvalue()
 
@@ -63,6 +69,32 @@ def lines(
     if len(series) > 1 or level is not None:
         axes.legend(frameon=False, fontsize=8)
     return _png(figure)
+
+
+def overlaid(curves: Mapping[str, Curves], kind: Literal["png", "pdf"] = "png") -> bytes:
+    """Several networks' curves of one quantity over one axis: a colour a network, a style of line a series.
+
+    Args:
+        curves: network -> its curves; axes are named by the first.
+        kind: of the file.
+    """
+    figure, axes = _axes()
+    first = next(iter(curves.values()))
+    names = list(dict.fromkeys(name for own in curves.values() for name in own.series))
+    for number, (network, own) in enumerate(curves.items()):
+        for name, (x, points) in own.series.items():
+            style = {"color": f"C{number % 10}", "linestyle": LINE_STYLES[names.index(name) % len(LINE_STYLES)]}
+            marker = {"marker": "o", "markersize": 3} if len(x) <= 20 else {}
+            metrics = [point if isinstance(point, Metric) else Metric(point) for point in points]
+            label = f"{network}, {name}" if name else network
+            axes.plot(x, [metric.value for metric in metrics], label=label, linewidth=1.2, **style, **marker)
+            bounds = zip(*(metric.interval or (metric.value,) * 2 for metric in metrics), strict=True)
+            axes.fill_between(x, *bounds, color=style["color"], alpha=0.12, linewidth=0)
+    if first.aims_at_diagonal:
+        axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1)
+    axes.set(xlabel=first.x_name, ylabel=first.y_name)
+    axes.legend(frameon=False, fontsize=7)
+    return _file(figure, kind, {"CreationDate": None} if kind == "pdf" else {})
 
 
 def panels(

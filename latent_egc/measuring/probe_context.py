@@ -19,12 +19,11 @@ from latent_egc.data.latent_cache import content_digest
 from latent_egc.measuring.context import StudyContext
 from latent_egc.measuring.denoisers import Denoiser
 from latent_egc.measuring.feature_cache import FeatureCache, Rows
+from latent_egc.measuring.meaning import data_meaning
 from latent_egc.measuring.probe_heads import ProbeScore, linear_probe, standardised
 from latent_egc.measuring.results import Metric
 from latent_egc.measuring.settings import PlaceSettings
 
-# Keys of the data section that do not change which pixels and labels there are.
-WITHOUT_EFFECT = {"latent_cache", "num_workers", "skip_corrupt", "num_views", "random_resized_crop", "horizontal_flip"}
 CHOICE_NOTE = (
     "Every choice (penalty, block, timestep, pooling) is made on held-out rows of the training split; accuracies are "
     "those of the validation split. A network that was itself trained on these training rows with their labels knows "
@@ -73,10 +72,9 @@ class ProbeContext(StudyContext):
         self.denoiser = denoiser
         train = Rows(self.splits.train, self.rows_of(self.splits.train, settings.num_train_images))
         self.train_labels = self.splits.train.labels[train.rows]
-        identity = {
-            "data": {key: value for key, value in dataclasses.asdict(self.data).items() if key not in WITHOUT_EFFECT},
-            "content": content_digest(self.splits),
-        }
+        meaning = data_meaning(dataclasses.asdict(self.data))
+        meaning.pop("skip_corrupt")  # the rows themselves are in the cache's record
+        identity = {"data": meaning, "content": content_digest(self.splits)}
         splits = {"train": train, "validation": Rows(self.splits.validation, self.rows)}
         self.cache = FeatureCache(folder, denoiser, splits, settings, identity)
         for key, name in (("block", settings.block), *(("fusion.blocks", b) for b in settings.fusion.blocks or ())):

@@ -33,7 +33,7 @@ class Report:
 
     def __init__(self, folder: Path, subject: dict[str, Any], with_data_images: bool = True) -> None:
         self.folder, self.with_data_images = folder, with_data_images
-        self.content: dict[str, Any] = {"subject": _plain(subject), "suites": {}}
+        self.content: dict[str, Any] = {"subject": plain(subject), "suites": {}}
         self._read()
         held = self.content["subject"]
         if held.get("fingerprint") != subject["fingerprint"]:
@@ -50,10 +50,6 @@ class Report:
         """With what a finished suite was measured; None for one that is not there."""
         return self.content["suites"].get(suite, {}).get("settings")
 
-    def holds(self, suite: str, settings: dict[str, Any]) -> bool:
-        """Whether the suite was finished with these very settings."""
-        return self.settings_of(suite) == _plain(settings)
-
     def add(
         self, suite: str, result: SuiteResult, settings: dict[str, Any], versions: dict[str, str], seconds: float
     ) -> None:
@@ -64,17 +60,18 @@ class Report:
         for figure in result.figures:
             name = f"figures/{suite}_{figure.name}.png"
             (self.folder / name).write_bytes(figure.png)
-            figures.append({"file": name, "caption": figure.caption, "shows_data": figure.shows_data})
+            record = {"file": name, "caption": figure.caption, "shows_data": figure.shows_data}
+            figures.append(record | ({"curves": plain(figure.curves)} if figure.curves else {}))
         self._read()  # another process may have added its suites meanwhile
         self.content["suites"][suite] = {
             "num_samples": result.num_samples,
             "seconds": round(seconds, 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "metrics": _plain(result.metrics),
-            "tables": _plain(result.tables),
+            "metrics": plain(result.metrics),
+            "tables": plain(result.tables),
             "figures": figures,
             "notes": result.notes,
-            "settings": _plain(settings),
+            "settings": plain(settings),
             "versions": versions,
         }
         replace_text(self.folder / "report.json", json.dumps(self.content, indent=1))
@@ -155,6 +152,6 @@ def cell_text(cell: Any) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON gives back when it has stored `value`; a metric or a table becomes its record."""
     return json.loads(json.dumps(value, default=lambda v: asdict(v) if is_dataclass(v) else v.item()))

@@ -1,6 +1,6 @@
 """What a suite finds: numbers with confidence intervals, tables, pictures and remarks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,16 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Curves of one quantity as numbers, by which `latent-egc compare` draws those of several reports together."""
+
+    x_name: str
+    y_name: str
+    series: dict[str, tuple[Sequence[float], Sequence[float | Metric]]]  # name -> x and y of its points
+    aims_at_diagonal: bool = False  # y = x is what is wished for
+
+
+@dataclass(frozen=True)
 class Figure:
     """A picture: PNG bytes and what is to be seen."""
 
@@ -47,6 +57,7 @@ class Figure:
     caption: str
     png: bytes
     shows_data: bool = False  # images of the dataset, which its terms may not allow to publish
+    curves: tuple[Curves, ...] = ()  # what it shows
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The instrument of the suites that judge samples: features, distances to the training split, and a judge of classes.
+"""The instrument of the suites that judge samples: features, distances to a reference, and a judge of classes.
 
 Samples are rounded to 8 bits as saved images are. Numbers of different extractors, sample counts or references do not
 compare.
@@ -14,10 +14,16 @@ import torch
 
 from latent_egc.config import ConfigError, file_path, within
 from latent_egc.data.stream import noise_generator
-from latent_egc.measuring import feature_extractors
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.feature_extractors import Extractor
+from latent_egc.measuring.feature_extractors import (
+    Extractor,
+    frechet_distance,
+    load_extractor,
+    moments,
+    precision_and_recall,
+)
 from latent_egc.measuring.judges import Judge, features_of, linear_judge, load_judge, reconstructed, to_uint8
+from latent_egc.measuring.reference_sets import ArchivedSet, TrainingSet
 from latent_egc.measuring.results import Metric
 
 
@@ -78,48 +84,43 @@ def sample_images(
 
 
 class SampleQuality:
-    """Measures samples against the training split.
+    """Measures samples against a reference.
 
     Args:
         context: of the study.
         settings: the instrument's.
         suite: whose settings they are.
+        reference: what samples are compared with; None: images of the training split.
 
     Attributes:
         extractors: at least one.
-        reference: the rows of the training split that samples are compared with.
 
     Raises:
         ConfigError: no extractor, weights that cannot be loaded, or a judge of other classes.
     """
 
-    def __init__(self, context: EvaluationContext, settings: InstrumentSettings, suite: str) -> None:
+    def __init__(
+        self,
+        context: EvaluationContext,
+        settings: InstrumentSettings,
+        suite: str,
+        reference: ArchivedSet | None = None,
+    ) -> None:
         self.context, self.settings = context, settings
-        device, train = context.accelerator.device, context.splits.train
+        device = context.accelerator.device
         if not settings.features:
             raise ConfigError(
                 f"{suite}.features must name at least one extractor: a TorchScript file, images (N, 3, H, W) in [0, 1] "
                 "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
             )
-        self.extractors = [
-            feature_extractors.load_extractor(source, device, f"{suite}.features") for source in settings.features
-        ]
+        self.extractors = [load_extractor(source, device, f"{suite}.features") for source in settings.features]
         self._given_judge = None if settings.judge is None else load_judge(context, settings.judge, f"{suite}.judge")
-        reference = context.choose(np.arange(len(train)), settings.num_reference_images)
-        self.reference = context.readable(train, reference, context.data.skip_corrupt)
+        drawn = TrainingSet(context, settings.num_reference_images)
+        self.reference = drawn if reference is None else reference
 
     def features(self, extractor: Extractor, images: torch.Tensor) -> np.ndarray:
         """(N, D) of 8-bit images (N, 3, H, W)."""
         return features_of(self.context, extractor, images)
-
-    def real_features(self, extractor: Extractor) -> np.ndarray:
-        """(R, D) of the reference."""
-        context, train = self.context, self.context.splits.train
-        return context.over_in_parts(
-            len(self.reference),
-            lambda batch: extractor(context.pixel_values(train, self.reference[list(batch)]) / 2 + 0.5),
-            f"{extractor.name}, {train.name}",
-        ).numpy()
 
     @cached_property
     def decoded(self) -> torch.Tensor:
@@ -145,7 +146,7 @@ class SampleQuality:
 
     @cached_property
     def _first_real(self) -> np.ndarray:
-        return self.real_features(self.extractors[0])
+        return self.reference.features(self.extractors[0])
 
     def notes(self, what: str, num_samples: int) -> list[str]:
         """What a reader of `of`'s numbers must know.
@@ -156,7 +157,7 @@ class SampleQuality:
         """
         few = min(num_samples, len(self._first_real))
         return [
-            f"{what}; compared with {len(self.reference)} training images.",
+            f"{what}; compared with {self.reference}.",
             *too_few(self.extractors[0], "samples", few, self._first_real.shape[1]),
             *self.judge_notes,
         ]
@@ -164,9 +165,9 @@ class SampleQuality:
     def of(self, samples: torch.Tensor, labels: np.ndarray) -> Quality:
         """What samples (N, 3, H, W) uint8 of these labels (N,) are worth."""
         generated = self.features(self.extractors[0], samples)
-        precision, recall = feature_extractors.precision_and_recall(self._first_real, generated)
+        precision, recall = precision_and_recall(self._first_real, generated)
         return Quality(
-            feature_extractors.frechet_distance(self._first_real, generated),
+            frechet_distance(moments(self._first_real), moments(generated)),
             precision,
             recall,
             self.context.accuracy(self.judge.predict(samples) == labels),

@@ -6,9 +6,9 @@ and where a job was stopped therefore change nothing but the last bits of roundi
 FOLDER/samples.json  and  000000_cat.png 000001_dog.png ...  or, once all of them are drawn, samples.npz in their place
 """
 
+import inspect
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,9 @@ from latent_egc.atomic import check_unoccupied, remove, replace_file, replace_te
 from latent_egc.config import ConfigError
 from latent_egc.data.autoencoders import fingerprint
 from latent_egc.data.encoding import start_processes
+from latent_egc.data.sources import read_image
 from latent_egc.data.stream import noise_generator
+from latent_egc.measuring.image_archives import write_archive
 from latent_egc.pipelines import EGCPipeline
 
 RECORD, ARCHIVE = "samples.json", "samples.npz"
@@ -55,8 +57,7 @@ def draw_sample_set(
             labels.
         seed: image i starts from `noise_generator(seed, i)`.
         batch_size: images drawn at once.
-        as_npz: the images end in one file, as the evaluator of ADM (Dhariwal and Nichol, NeurIPS 2021) reads it: arr_0
-            (N, H, W, 3) uint8 and, with labels, arr_1 (N,) int64. Until then they lie there as .png files.
+        as_npz: the images end in one file, as `write_archive` writes it. Until then they lie there as .png files.
         options: of the pipeline's call, such as num_inference_steps; plain values.
 
     Returns:
@@ -114,7 +115,11 @@ def _record(
         "seed": seed,
         "files": ARCHIVE if as_npz else "png",
     }
-    return json.loads(json.dumps(record | options))
+    arguments = inspect.signature(EGCPipeline.__call__).parameters
+    # What is given as it would be anyway changes nothing; and a set may be finished by a version with other arguments.
+    idle = {name for name, value in options.items() if name in arguments and value == arguments[name].default}
+    told = {name: value for name, value in options.items() if name not in idle}
+    return json.loads(json.dumps(record | told))
 
 
 def _refuse_other(folder: Path, found: dict[str, Any] | None, record: dict[str, Any]) -> None:
@@ -124,10 +129,10 @@ def _refuse_other(folder: Path, found: dict[str, Any] | None, record: dict[str, 
         check_unoccupied(folder)
         return
     for key in [*record, *found]:
-        if found.get(key) != record.get(key):
+        before, now = found.get(key, "its default"), record.get(key, "its default")
+        if before != now:
             raise ConfigError(
-                f"{folder} holds samples drawn with {key}={found.get(key)!r}, asked for {record.get(key)!r}; "
-                "choose another folder"
+                f"{folder} holds samples drawn with {key}={before}, asked for {now}; choose another folder"
             )
 
 
@@ -196,15 +201,5 @@ def _check_complete(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def _pack(file: Path, paths: Sequence[Path], labels: Sequence[int] | None) -> None:
-    """Writes an .npz as `np.savez` does, image by image: all of them may be more than memory holds."""
-    with zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-            shape = (len(paths), *np.asarray(Image.open(paths[0])).shape)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for path in tqdm(paths, desc="pack", unit="image"):
-                with Image.open(path) as image:
-                    stream.write(np.asarray(image).tobytes())
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as stream:
-                np.lib.format.write_array(stream, np.array(labels, dtype=np.int64))
+    images = (read_image(path, path.name) for path in tqdm(paths, desc="pack", unit="image"))
+    write_archive(file, map(np.asarray, images), len(paths), labels)

@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from latent_egc.config import ConfigError, DataConfig
 from latent_egc.measuring.context import EvaluationContext, StudyContext
 from latent_egc.measuring.denoisers import Denoiser
+from latent_egc.measuring.meaning import digest_of_files, same_study
 from latent_egc.measuring.probe_context import ProbeContext
-from latent_egc.measuring.report import Report, draw_page
+from latent_egc.measuring.report import Report, draw_page, plain
 from latent_egc.measuring.settings import PlaceSettings, StudySettings, with_sections
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.training.checkpoints import resolve_pipeline
 
 
 def _suites(names: str) -> dict[str, ModuleType]:
@@ -120,7 +120,8 @@ def _study(
     accelerator = context.accelerator
     report = Report(folder, context.subject(name), with_data_images)
     wanted = {suite: _suite_settings(context, suite) for suite in suites}
-    missing = [suite for suite in suites if not report.holds(suite, wanted[suite])]
+    held = {suite: report.settings_of(suite) or {} for suite in suites}
+    missing = [suite for suite in suites if not same_study(held[suite], wanted[suite], _defaults(context, suite))]
     accelerator.wait_for_everyone()  # no process looks after the main one has written
     context.prepare(missing)
     if not (context.runs_on_all_processes or accelerator.is_main_process):
@@ -131,10 +132,9 @@ def _study(
             shutil.rmtree(unfinished, ignore_errors=True)  # left where its page could not be drawn
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
-        held = report.settings_of(suite)
-        if held is not None and "noise" in wanted[suite] and "noise" not in held:
+        if held[suite] and "noise" in wanted[suite] and "noise" not in held[suite]:
             accelerator.print(f"{suite}: begun under an earlier rule of noise, measured anew")
-        # What a stopped suite left is used again by the same subject with the same settings alone.
+        # What a stopped suite left is used again by the same subject with settings of the same meaning alone.
         origin = json.dumps([report.content["subject"]["fingerprint"], wanted[suite]], sort_keys=True)
         context.parts = unfinished / hashlib.sha256(origin.encode()).hexdigest()[:16]
         start = time.perf_counter()
@@ -157,14 +157,15 @@ def _suite_settings(context: StudyContext, suite: str) -> dict[str, Any]:
     section = values.get(suite)  # for `pooling`, which has none, the setting of that name
     section = section.values() if isinstance(section, dict) else ()
     named = [v for value in section for v in (value if isinstance(value, tuple) else (value,))]
-    files: list[Path] = []  # weights, data, a pipeline
-    for path in (Path(value) for value in named if isinstance(value, str)):
-        try:
-            files += [path] if path.is_file() else sorted(resolve_pipeline(path).rglob("*.safetensors"))
-        except FileNotFoundError:
-            continue  # neither a file nor a pipeline: a Hub id, or a mistake that the suite itself names
-    digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return values | context.identity() | ({"files": digests} if digests else {})
+    digests = {}  # of weights, data, a pipeline; a mistake in a name is left to the suite itself
+    for value in named:
+        digests |= digest_of_files(value) if isinstance(value, str) else {}
+    return plain(values | context.identity() | ({"files": digests} if digests else {}))
+
+
+def _defaults(context: StudyContext, suite: str) -> dict[str, Any]:
+    """What a suite's settings are where nothing is said; plain values."""
+    return plain(type(context.settings)().of_suite(suite))
 
 
 def _versions() -> dict[str, str]:

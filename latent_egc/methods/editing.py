@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .likelihood import NoiseLevels
+from .density import NoiseLevels
 
 # Noisy latents (N, C, h, w) and a timestep, a 0-d tensor, to epsilon.
 EpsilonAt = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -20,8 +20,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .heads import EnergyOutput, attention_pool, inner_energy, map_energy, with_gaussian_part
-from .noise_schedule import interpolated_levels, noise_schedule
+from .heads import ENERGY_POOLINGS, EnergyOutput, attention_pool, inner_energy, map_energy, with_gaussian_part
+from .noise_schedule import interpolated_levels, log_ratio_slopes, noise_schedule
 from .numerics import at_least_float32, twice_differentiable, without_autocast
 from .potentials import Potential, classifier_free_potential, classifier_potential, energy_potential, input_gradient
 from .recomputation import recomputed
@@ -118,6 +118,8 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         noise_schedule(c.num_train_timesteps, c.beta_start, c.beta_end, c.beta_schedule, torch.float32)
         if c.head not in ("map", "inner"):
             raise ValueError(f"head must be 'map' or 'inner', got {c.head!r}")
+        if c.energy_pooling not in ENERGY_POOLINGS:
+            raise ValueError(f"energy_pooling must be one of {', '.join(ENERGY_POOLINGS)}, got {c.energy_pooling!r}")
         if c.num_classes is not None and c.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, or None for unlabelled data, got {c.num_classes}")
         if c.class_embedding and c.num_classes is None:
@@ -171,6 +173,10 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return interpolated_levels(alphas_cumprod, timesteps)
         abar = alphas_cumprod[timesteps]
         return abar.sqrt(), (1 - abar).sqrt()
+
+    def log_ratio_slopes(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """d log(sigma_t / alpha_t) / dt (N,) of `noise_levels` at timesteps (N,), see `models/noise_schedule.py`."""
+        return log_ratio_slopes(self.alphas_cumprod.to(timesteps.device), timesteps)
 
     # --- energy, logits and their derivatives -----------------------------------------------------------------------
 
@@ -251,7 +257,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         with without_autocast(latents):
             output = at_least_float32(output)
             if config.head == "map":
-                energy = map_energy(output)
+                energy = map_energy(output, config.energy_pooling)
                 logits = None if config.num_classes is None else attention_pool(output)
             else:
                 energy = inner_energy(latents, output)
@@ -259,7 +265,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if config.gaussian_part:
                 energy = with_gaussian_part(energy, latents, alpha, sigma)
             if config.head == "inner" and logits is not None:
-                energy = energy - sigma * logits.logsumexp(dim=1)
+                energy = energy - sigma * ENERGY_POOLINGS[config.energy_pooling](logits, dim=1)
         return energy, logits
 
     def epsilon(
@@ -358,7 +364,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if timesteps.shape != (num_rows,):
             raise ValueError(f"timesteps must be a scalar or ({num_rows},), got shape {tuple(timesteps.shape)}")
         if num_rows and self._values_can_be_checked(timesteps):
-            low, high = (float(t) for t in timesteps.aminmax())
+            low, high = (float(t) for t in timesteps.detach().aminmax())
             if not 0 <= low <= high < config.num_train_timesteps:
                 raise ValueError(f"timesteps must be in [0, {config.num_train_timesteps}), got {low:g} to {high:g}")
         return timesteps

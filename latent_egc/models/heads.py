@@ -3,9 +3,12 @@
     map     energy = -sum over positions of logsumexp_e f,   logits = attention pool of f        f (N, E, h, w)
     inner   energy = <z, h> / 2 - sigma_t logsumexp(logits)                                      h (N, C, h, w)
 
-with the Gaussian part, sigma_t |z|^2 / 2 + alpha_t times the map's energy, or times inner's <z, h> / 2.
+with the Gaussian part, sigma_t |z|^2 / 2 + alpha_t times the map's energy, or times inner's <z, h> / 2. Where the
+logsumexp is a logmeanexp, a network whose outputs are zero adds nothing: epsilon and logits are the same, and the
+energies of different noise levels then start without h w log E alpha_t / sigma_t (inner: log K) between them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +28,18 @@ class EnergyOutput(BaseOutput):
     logits: torch.Tensor | None = None
 
 
-def map_energy(energy_map: torch.Tensor) -> torch.Tensor:
-    """Minus the sum over positions of the logsumexp over channels: (N, E, h, w) -> (N,)."""
-    return -energy_map.logsumexp(dim=1).sum(dim=(1, 2))
+def logmeanexp(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """The logarithm of the mean of exponentials: the logsumexp less the logarithm of their number."""
+    return values.logsumexp(dim=dim) - math.log(values.shape[dim])
+
+
+# How a head pools over channels or classes -> the function.
+ENERGY_POOLINGS = {"logsumexp": torch.logsumexp, "logmeanexp": logmeanexp}
+
+
+def map_energy(energy_map: torch.Tensor, pooling: str = "logsumexp") -> torch.Tensor:
+    """Minus the sum over positions of one of `ENERGY_POOLINGS` over channels: (N, E, h, w) -> (N,)."""
+    return -ENERGY_POOLINGS[pooling](energy_map, dim=1).sum(dim=(1, 2))
 
 
 def inner_energy(latents: torch.Tensor, field: torch.Tensor) -> torch.Tensor:

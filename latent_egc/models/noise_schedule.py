@@ -63,12 +63,23 @@ def interpolated_levels(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -
         alphas_cumprod: (T,).
         timesteps: (N,) floats in [0, T).
     """
-    log_ratio = 0.5 * ((1 - alphas_cumprod).log() - alphas_cumprod.log())  # log(sigma_t / alpha_t) at the integers
-    lower = timesteps.floor().long().clamp(0, len(alphas_cumprod) - 1)
-    upper = (lower + 1).clamp(max=len(alphas_cumprod) - 1)
-    ratio = torch.lerp(log_ratio[lower], log_ratio[upper], (timesteps - lower).to(log_ratio.dtype)).exp()
+    lower, start, end = _intervals(alphas_cumprod, timesteps)
+    ratio = torch.lerp(start, end, (timesteps - lower).to(start.dtype).clamp(max=1)).exp()
     alpha = (1 + ratio**2).rsqrt()
     return alpha, ratio * alpha
+
+
+def log_ratio_slopes(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """d log(sigma_t / alpha_t) / dt (N,) of `interpolated_levels`, and what autograd finds there.
+
+    An integer's is that of the interval above it; T - 1, above which there is none, has that of the last one.
+
+    Args:
+        alphas_cumprod: (T,), T at least 2.
+        timesteps: (N,) in [0, T - 1], integers or floats.
+    """
+    _, start, end = _intervals(alphas_cumprod, timesteps)
+    return end - start
 
 
 def timesteps_at(alphas_cumprod: torch.Tensor, log_ratios: torch.Tensor) -> torch.Tensor:
@@ -86,3 +97,12 @@ def timesteps_at(alphas_cumprod: torch.Tensor, log_ratios: torch.Tensor) -> torc
     upper = torch.searchsorted(schedule, wanted).clamp(1, len(schedule) - 1)
     below, above = schedule[upper - 1], schedule[upper]
     return upper - 1 + ((wanted - below) / (above - below)).clamp(0, 1)
+
+
+def _intervals(
+    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The integer at or below each timestep, at most T - 2, and log(sigma_t / alpha_t) there and at the next one."""
+    log_ratio = 0.5 * ((1 - alphas_cumprod).log() - alphas_cumprod.log())
+    lower = timesteps.floor().long().clamp(0, max(len(alphas_cumprod) - 2, 0))
+    return lower, log_ratio[lower], log_ratio[(lower + 1).clamp(max=len(alphas_cumprod) - 1)]

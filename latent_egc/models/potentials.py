@@ -132,29 +132,50 @@ def input_gradient(
         (N, C, h, w), the dtype of `noisy_latents`, and the potential's outputs. Differentiable by the parameters where
         gradients are on; works under `torch.no_grad()` and `torch.inference_mode()`.
     """
-    twice = torch.is_grad_enabled()
+    (epsilon,), outputs = _gradients_by(lambda latents: potential(latents, timesteps), noisy_latents)
+    return epsilon, outputs
 
-    def total(latents: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+
+def input_and_time_gradient(
+    potential: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[EnergyOutput]]],
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, list[EnergyOutput]]:
+    """grad_z U(z, t), dU/dt (N,) and the outputs, of one backward pass: see `input_gradient`.
+
+    dU/dt is taken at fixed z, by the network's timestep, alpha_t and sigma_t together; at an integer it is the slope of
+    the interpolated noise schedule above it. `timesteps` are (N,) floats.
+    """
+    (epsilon, by_time), outputs = _gradients_by(potential, noisy_latents, timesteps)
+    return epsilon, by_time, outputs
+
+
+def _gradients_by(
+    function: Callable[..., tuple[torch.Tensor, list[EnergyOutput]]], *inputs: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], list[EnergyOutput]]:
+    """Of a function of rows that do not see each other, the gradient by each input, and its outputs."""
+    twice, positions = torch.is_grad_enabled(), tuple(range(len(inputs)))
+
+    def total(*inputs: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
         with twice_differentiable(twice):
-            values, outputs = potential(latents, timesteps)
-        # Rows do not see each other, so the gradient of the sum is every row's own gradient.
+            values, outputs = function(*inputs)
+        # So the gradient of the sum is every row's own gradient.
         return values.sum(), [output.to_tuple() for output in outputs]
 
     if torch.compiler.is_compiling():  # the one form that compiles
-        epsilon, outputs = torch.func.grad(total, has_aux=True)(noisy_latents)
-        return epsilon, [EnergyOutput(*output) for output in outputs]
+        gradients, outputs = torch.func.grad(total, positions, has_aux=True)(*inputs)
+        return gradients, [EnergyOutput(*output) for output in outputs]
     if torch.is_inference_mode_enabled():
         # And the one that takes inference tensors; inside that mode torch 2.11 gives zeros, in silence.
         with torch.inference_mode(False), torch.no_grad():
-            epsilon, outputs = torch.func.grad(total, has_aux=True)(noisy_latents)
-        return epsilon, [EnergyOutput(*output) for output in outputs]
+            gradients, outputs = torch.func.grad(total, positions, has_aux=True)(*inputs)
+        return gradients, [EnergyOutput(*output) for output in outputs]
     # Elsewhere autograd: the same gradient, without the graph of the gradient where nobody will ask for it.
     with torch.enable_grad():
-        if not (twice and noisy_latents.requires_grad):
-            noisy_latents = noisy_latents.detach().requires_grad_()
-        value, outputs = total(noisy_latents)
+        leaves = [x if twice and x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        value, outputs = total(*leaves)
         with only_input_gradients():
-            (epsilon,) = torch.autograd.grad(value, noisy_latents, create_graph=twice)
+            gradients = torch.autograd.grad(value, leaves, create_graph=twice)
     if not twice:
         outputs = [tuple(tensor.detach() for tensor in output) for output in outputs]
-    return epsilon, [EnergyOutput(*output) for output in outputs]
+    return gradients, [EnergyOutput(*output) for output in outputs]

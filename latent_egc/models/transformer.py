@@ -58,7 +58,7 @@ class EGCTransformer(EnergyModel):
             positions are then interpolated).
         in_channels: C, channels of the latents.
         num_classes: K; None for unlabelled data.
-        head, energy_channels, gaussian_part: as in `EGCUNet`.
+        head, energy_channels, energy_pooling, gaussian_part: as in `EGCUNet`.
         class_embedding: whether the energy can see a label, added to the timestep's embedding.
         num_train_timesteps, beta_start, beta_end, beta_schedule: the noise schedule, in diffusers' terms.
         patch_size: height and width of a token's patch.
@@ -85,6 +85,7 @@ class EGCTransformer(EnergyModel):
         num_classes: int | None = 1000,
         head: str = "map",
         energy_channels: int | None = None,
+        energy_pooling: str = "logsumexp",
         gaussian_part: bool = True,
         class_embedding: bool = False,
         num_train_timesteps: int = 1000,

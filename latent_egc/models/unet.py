@@ -85,6 +85,8 @@ class EGCUNet(EnergyModel):
         head: "map" (energy is minus the sum over positions of the logsumexp over an output map's channels, logits are
             the map's attention pool) or "inner" (energy is <z, h(z)> / 2 - sigma_t logsumexp(logits)).
         energy_channels: E, channels of the map head's output; None: `num_classes`. Must be set without classes.
+        energy_pooling: "logsumexp" over the map's channels, or inner's logits; or "logmeanexp", less the logarithm of
+            their number, with which a fresh network's energies of all noise levels are one density's.
         gaussian_part: adds sigma_t |z|^2 / 2 and weighs the network's share by alpha_t, so that the network's gradient
             learns v (eps = sigma_t z + alpha_t v).
         class_embedding: whether the energy can see a label, as a class token that the transformers attend to.
@@ -115,6 +117,7 @@ class EGCUNet(EnergyModel):
         num_classes: int | None = 1000,
         head: str = "map",
         energy_channels: int | None = None,
+        energy_pooling: str = "logsumexp",
         gaussian_part: bool = True,
         class_embedding: bool = False,
         num_train_timesteps: int = 1000,
@@ -183,8 +186,7 @@ class EGCUNet(EnergyModel):
                 self.upsamplers.append(Upsample2D(channels, use_conv=True))
 
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)
-        out_channels = energy_channels if head == "map" else in_channels
-        self.conv_out = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(channels, energy_channels or in_channels, kernel_size=3, padding=1)
         if head == "inner" and num_classes is not None:
             self.class_out = nn.Linear(channels, num_classes)
         self._init_weights()

@@ -80,9 +80,9 @@ def resolve_training(section: TrainingConfig) -> TrainingConfig:
 
 def resolve(config: Config) -> Config:
     """What config.yaml holds: the configuration with `resolve_model` and `resolve_training`. Raises ConfigError."""
-    for key in ("timestep_log_normal", "classification_log_normal"):
-        if (value := getattr(config.objective, key)) is not None and value[1] <= 0:
-            raise ConfigError(f"objective.{key} must be (mean, std) with std > 0, got {list(value)}")
+    log_normal = config.objective.timestep_log_normal
+    if log_normal is not None and log_normal[1] <= 0:
+        raise ConfigError(f"objective.timestep_log_normal must be (mean, std) with std > 0, got {list(log_normal)}")
     objective, embedded = config.objective, bool(config.model.get("class_embedding"))
     if objective.noisy_classification == "dropped" and not (embedded and objective.label_drop > 0):
         raise ConfigError(

@@ -125,8 +125,9 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint and deletes those that are no longer kept; for every process to call.
 
-    The pipeline is written with the average of the weights. All is whole: any number of processes goes on from it.
-    Raises CheckpointError where writing failed; the earlier checkpoints are as they were.
+    The pipeline is written with the average of the weights, and with their log Z where the time score is trained. All
+    is whole: any number of processes goes on from it. Raises CheckpointError where writing failed; the earlier
+    checkpoints are as they were.
     """
     weights, optimizer_state = whole_state(accelerator.unwrap_model(objective), optimizer.optimizer, accelerator)
 
@@ -140,6 +141,8 @@ def save_checkpoint(
 
     with averaged_weights(pipeline.energy_model, average):
         if accelerator.is_main_process:
+            if accelerator.unwrap_model(objective).time_score_weight > 0:
+                pipeline.fit_log_normalizer()
             replace_folder(run / "checkpoints" / f"step-{record.global_step:08d}", write)
             prune_checkpoints(run, keep)
     accelerator.wait_for_everyone()

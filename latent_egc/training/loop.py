@@ -186,7 +186,7 @@ def start_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
 def build_objective(model: EnergyModel, config: Config, objective_class: type[EGCObjective]) -> EGCObjective:
     """The objective as every process runs it (recomputing, compiled), before it is prepared for several."""
     options = dataclasses.asdict(config.objective)
-    for key in ("clean_fraction", "timestep_log_normal", "classification_log_normal", "low_discrepancy_timesteps"):
+    for key in ("clean_fraction", "timestep_log_normal"):
         del options[key]  # what the loader does
     objective = objective_class(model, **options)
     if config.training.activation_checkpointing:

@@ -18,7 +18,7 @@ from latent_egc.atomic import finish_replacing, remove, replace_file
 from latent_egc.config import Config, ConfigError, expanded, parse_config, read_sections
 from latent_egc.data.autoencoders import fingerprint, load_autoencoder
 from latent_egc.renamed_keys import with_new_names
-from latent_egc.training.build import LAUNCHER_VARIABLES
+from latent_egc.training.build import LAUNCHER_VARIABLES, resolve_model
 from latent_egc.training.checkpoints import checkpoint_folders
 
 LOCK = "run.lock"  # is there in every run's folder, and so marks it
@@ -181,10 +181,11 @@ def _compare(run: Path, now: dict[str, Any]) -> None:
         warnings.warn(f"{run / 'config.yaml'} is damaged, it is written anew and not compared: {error}", stacklevel=4)
         return
     del sections["sampling"]  # it decides nothing that is trained
+    model_defaults = resolve_model({key: now["model"][key] for key in ("backbone",) if key in now["model"]})
     for section, values in sections.items():
         for key in [key for key in now[section] if key not in MAY_CHANGE]:
             # A key that was not there yet had the effect of its default.
-            default = getattr(getattr(Config, section, None), key, None)
+            default = model_defaults[key] if section == "model" else getattr(getattr(Config, section), key)
             default = list(default) if isinstance(default, tuple) else default
             was, value = values.get(key, default), now[section][key]
             if was == value:

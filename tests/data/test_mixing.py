@@ -146,7 +146,6 @@ def test_two_processes_mix_the_pairs_of_one(fraction):
             "objective": {
                 "clean_fraction": fraction,
                 "timestep_log_normal": [-0.5, 1.2],
-                "low_discrepancy_timesteps": True,
             },
             "training": {"max_steps": 3, "train_batch_size": batch_size},
         }

@@ -6,13 +6,11 @@ from itertools import chain, product
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_unet
 from tiny_images import write_folder
 from tiny_runs import run_config
 from torch.utils.data import DataLoader
 
-from latent_egc import EGCObjective
-from latent_egc.config import DataConfig, ObjectiveConfig
+from latent_egc.config import DataConfig
 from latent_egc.data.sources import load_splits
 from latent_egc.data.stream import (
     BatchSchedule,
@@ -108,7 +106,7 @@ def test_uniform_timesteps_are_those_of_every_run_so_far(tmp_path):
     (item,) = samples.__getitems__([5])
     assert torch.equal(item["noise"], draws[5]["noise"])
     assert item["timesteps"] == 379
-    assert not item.keys() & {"timestep_weights", "clean_erasing", "clean_mixing"}
+    assert not item.keys() & {"clean_erasing", "clean_mixing"}
 
 
 def test_without_a_posterior_its_noise_is_not_drawn_and_the_rest_is_the_same_to_the_bit():
@@ -179,63 +177,14 @@ def test_the_clean_branch_sees_as_many_samples_in_every_micro_batch(tmp_path, fr
 ALPHAS_CUMPROD = noise_schedule(1000, 1e-4, 0.02, "linear", torch.float64).numpy()
 
 
-def timesteps_of(samples, **config):
-    """Timesteps and weights (None where there are none) of samples, from seed 3."""
-    sampling = TimestepSampling(ObjectiveConfig(**config), ALPHAS_CUMPROD, 3)
-    draws = [sampling.draws(n, int(sample_draws(3, n, (1, 1, 1), 1000, 0.1)["timesteps"])) for n in range(samples)]
-    weights = [draw["timestep_weights"] for draw in draws if "timestep_weights" in draw]
-    return torch.stack([draw["timesteps"] for draw in draws]), torch.stack(weights) if weights else None
-
-
-@pytest.mark.parametrize("low_discrepancy", [False, True])
-def test_log_normal_timesteps_are_distributed_as_said(low_discrepancy):
-    timesteps, weights = timesteps_of(
-        4000,
-        timestep_log_normal=(-0.5, 1.2),
-        classification_log_normal=(-0.5, 1.2),
-        low_discrepancy_timesteps=low_discrepancy,
-    )
+def test_log_normal_timesteps_are_distributed_as_said():
+    sampling = TimestepSampling(timestep_probabilities(ALPHAS_CUMPROD, (-0.5, 1.2)), 3)
+    uniform = [int(sample_draws(3, n, (1, 1, 1), 1000, 0.1)["timesteps"]) for n in range(4000)]
+    timesteps = torch.stack([sampling.draw(n, t) for n, t in enumerate(uniform)])
     assert timesteps.dtype == torch.long
-    assert weights is None, "nothing to correct"
     levels = 0.5 * np.log((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD)[timesteps]
     assert levels.mean() == pytest.approx(-0.5, abs=0.06)
     assert levels.std() == pytest.approx(1.2, abs=0.05)
     found = np.bincount(timesteps, minlength=1000).cumsum() / 4000
     expected = timestep_probabilities(ALPHAS_CUMPROD, (-0.5, 1.2)).cumsum()
-    assert abs(found - expected).max() < (0.002 if low_discrepancy else 0.026)  # Kolmogorov-Smirnov, 1 %
-
-
-def test_low_discrepancy_timesteps_fill_every_batch_evenly():
-    timesteps, weights = timesteps_of(640, low_discrepancy_timesteps=True)
-    assert weights is None
-    for batch in timesteps.view(10, 64):
-        assert torch.bincount(batch // 125, minlength=8).sub(8).abs().max() <= 1
-    assert not torch.equal(timesteps[:64], timesteps[64:128])
-
-
-def test_other_classification_timesteps_leave_the_drawn_ones_alone():
-    timesteps, weights = timesteps_of(300, classification_log_normal=(-1.0, 1.0))
-    assert timesteps.tolist() == [int(sample_draws(3, n, (1, 1, 1), 1000, 0.1)["timesteps"]) for n in range(300)]
-    expected = 1000 * timestep_probabilities(ALPHAS_CUMPROD, (-1.0, 1.0))[timesteps]
-    torch.testing.assert_close(weights, torch.from_numpy(expected).float())
-
-
-@pytest.mark.parametrize(("drawn", "wanted"), [(None, (-1.0, 0.8)), ((0.0, 1.0), (-1.0, 0.8))])
-def test_weighted_classification_has_the_mean_over_the_wanted_timesteps(drawn, wanted):
-    """Over all timesteps at once: sum over t of p(t) loss(t, q / p) is sum over t of q(t) loss(t)."""
-    model = tiny_unet(num_train_timesteps=6).double()
-    alphas_cumprod = model.alphas_cumprod.numpy()
-    config = ObjectiveConfig(timestep_log_normal=drawn, classification_log_normal=wanted)
-    weights = TimestepSampling(config, alphas_cumprod, 0).weights
-    p, q = (timestep_probabilities(alphas_cumprod, log_normal) for log_normal in (drawn, wanted))
-    assert p.sum() == pytest.approx(1)
-    assert (p * weights).sum() == pytest.approx(1)
-    latents, noise = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    nothing = {"clean_latents": latents, "clean_labels": torch.tensor([-1]), "noise": noise}
-
-    def loss(t, weight):
-        arguments = nothing | {"timesteps": torch.tensor([t]), "timestep_weights": torch.tensor([weight])}
-        return EGCObjective(model)(latents, torch.tensor([1]), **arguments).classification_loss.item()
-
-    drawn_mean = sum(p[t] * loss(t, float(weights[t])) for t in range(6))
-    assert drawn_mean == pytest.approx(sum(q[t] * loss(t, 1.0) for t in range(6)), rel=1e-6)
+    assert abs(found - expected).max() < 0.026  # Kolmogorov-Smirnov, 1 %

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from importlib import import_module
+from textwrap import dedent
 
 import pytest
 import yaml
@@ -24,6 +25,8 @@ from latent_egc.training.build import resolve_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n+)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block that is indented and begins with one of our commands.
+INDENTED = re.compile(r"(?<=\n\n)    (?:\w+=\S+ )*(?:latent-egc|accelerate launch|torchrun) .*\n(?:    .*\n)*")
 # What the pages call their pipelines, and how many classes these have.
 PIPELINES = {"runs/my": 3, "runs/other": 3, "runs/quickstart": 10, "runs/earlier": 10, ".": 1000}
 
@@ -33,10 +36,13 @@ MOST = {"num_inference_steps": 4, "n": 20, "n0": 10}
 
 
 def blocks(page, language):
-    """(line, text) of a page's blocks."""
+    """(line, text) of a page's blocks; shell commands may be indented instead of fenced."""
     content = page.read_text()
     found = (match for match in BLOCK.finditer(content) if match[2] == language and not match[1])
-    return [(content.count("\n", 0, match.start(3)), match[3]) for match in found]
+    found = [(content.count("\n", 0, match.start(3)), match[3]) for match in found]
+    if language == "bash":
+        found += [(content.count("\n", 0, match.start()), dedent(match[0])) for match in INDENTED.finditer(content)]
+    return found
 
 
 def with_blocks(language):
@@ -108,6 +114,11 @@ def test_commands_can_be_given(page, workplace, monkeypatch):
             assert known(words, given), place
             while given:
                 check_settings(given.pop(), place)
+
+
+def test_every_verb_is_on_the_page_of_commands():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert [verb for verb in commands.VERBS if f"latent-egc {verb} " not in text] == []
 
 
 def known(words, given):

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_studies import Brightness, scipy_frechet
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3, _compute_fid
 from torchmetrics.image.inception import InceptionScore
@@ -16,6 +17,7 @@ from latent_egc.measuring.feature_extractors import (
     inception_score,
     kernel_distance,
     load_extractor,
+    moments,
     precision_and_recall,
 )
 
@@ -34,17 +36,27 @@ def feature_sets():
 
 
 def test_frechet_distance_is_scipys_and_torchmetrics(feature_sets):
-    found = frechet_distance(*feature_sets)
+    first, second = map(moments, feature_sets)
+    found = frechet_distance(first, second)
     assert found == pytest.approx(scipy_frechet(*feature_sets), rel=1e-6)
-    moments = [torch.from_numpy(m) for rows in feature_sets for m in (rows.mean(0), np.cov(rows, rowvar=False))]
-    assert found == pytest.approx(float(_compute_fid(*moments)), rel=1e-6)
-    assert frechet_distance(feature_sets[0], feature_sets[0]) == pytest.approx(0, abs=1e-8)
-    assert frechet_distance(feature_sets[0], feature_sets[0] + 2) == pytest.approx(4 * 12)
+    assert found == pytest.approx(float(_compute_fid(*map(torch.from_numpy, (*first, *second)))), rel=1e-6)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(first, moments(feature_sets[0] + 2)) == pytest.approx(4 * 12)
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    """Of commuting covariances: the means' squared distance and that of the deviations along the common axes."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    means, deviations = rng.standard_normal((2, 8)), rng.uniform(0.1, 2, (2, 8))
+    gaussians = [(mean, (axes * std**2) @ axes.T) for mean, std in zip(means, deviations, strict=True)]
+    expected = np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum()
+    assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_with_fewer_samples_than_dimensions(feature_sets):
     few = [rows[:8] for rows in feature_sets]
-    assert frechet_distance(*few) == pytest.approx(scipy_frechet(*few), rel=1e-3)
+    assert frechet_distance(*map(moments, few)) == pytest.approx(scipy_frechet(*few), rel=1e-3)
 
 
 def test_kernel_distance_by_hand(feature_sets):
@@ -60,7 +72,8 @@ def test_kernel_distance_by_hand(feature_sets):
     assert deviation == pytest.approx(0, abs=1e-8)  # every subset is the whole
 
 
-def test_precision_and_recall_by_hand(feature_sets):
+def test_precision_and_recall_by_hand(feature_sets, monkeypatch):
+    monkeypatch.setattr("latent_egc.measuring.feature_extractors.POINTS_AT_ONCE", 7)
     real, generated = (rows[:30] for rows in feature_sets)
 
     def covered(points, support):
@@ -100,7 +113,11 @@ def test_dinov2_extractor(tmp_path):
         :, None, None
     ]
     torch.testing.assert_close(loaded(images), network(normalised).last_hidden_state[:, 0])
-    assert loaded(torch.rand(1, 3, 32, 32)).shape == (1, 8)
+    # Other sizes are resized as published: Pillow's bicubic kernel on floats, aspect and all, then clipped.
+    small = torch.rand(1, 3, 20, 32)
+    pictures = [Image.fromarray(channel.numpy()).resize((224, 224), Image.Resampling.BICUBIC) for channel in small[0]]
+    resized = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).clamp(0, 1)
+    torch.testing.assert_close(loaded(small), loaded(resized[None]), rtol=1e-4, atol=1e-4)
 
 
 def test_inception_score_by_hand():
@@ -143,7 +160,9 @@ def test_inception_is_torchmetrics(tmp_path, monkeypatch):
     metric = FrechetInceptionDistance(feature=2048, antialias=False)
     metric.update(images[0], real=True)
     metric.update(images[1], real=False)
-    assert frechet_distance(*(part.numpy() for part in features)) == pytest.approx(float(metric.compute()), rel=1e-3)
+    assert frechet_distance(*(moments(part.numpy()) for part in features)) == pytest.approx(
+        float(metric.compute()), rel=1e-3
+    )
     metric = InceptionScore(splits=1)
     metric.inception.use_antialias = False
     metric.update(images[1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from tiny import tiny_pipeline, write_images
 from tiny_studies import FAST_EVALUATION, FAST_PROBE, tiny_unet2d
 
@@ -84,9 +85,68 @@ def test_a_suite_is_measured_again_when_a_file_it_reads_has_changed(run, tmp_pat
     calls, found = [], SuiteResult(1, {"n": Metric(1.0)})
     monkeypatch.setattr(ood, "run", lambda context, settings: calls.append(1) or found)
     data_file = tmp_path / "other.yaml"
-    for text in ("data: {}", "data: {}", "data: {image_size: 32}"):
+    meant_alike = ("data: {}", "# words\ndata: {num_workers: 2, dataset: 'digits'}\nmodel: {}", "data:\n  mixup: 1.0")
+    for text in (*meant_alike, "data: {validation_fraction: 0.5}"):
         data_file.write_text(text)
         run(["ood"], f"ood.data={data_file}")
+    assert len(calls) == 2
+
+
+def test_a_data_sections_meaning_decides_what_is_measured_again(evaluation_context, tmp_path, monkeypatch):
+    """Not how training reads the images, nor the keys of an older report, which had the effect of their defaults."""
+    context, calls = evaluation_context(), []
+    found = SuiteResult(1, {"n": Metric(1.0)})
+    monkeypatch.setattr(generation, "run", lambda context, settings: calls.append(1) or found)
+
+    def run(**changes):
+        folder = tmp_path / "report"
+        evaluate(context.pipeline, replace(context.data, **changes), ["generation"], folder, None, "tiny")
+
+    run()
+    run(num_workers=3, horizontal_flip=True, latent_cache="latents", mixup=0.5, label_fraction=0.5)
+    path = tmp_path / "report" / "report.json"
+    content = json.loads(path.read_text())
+    settings = content["suites"]["generation"]["settings"]
+    for key in ("samples", "reference"):
+        assert settings["generation"].pop(key) is None
+    settings["data"] |= {"num_views": 4, "num_workers": 0}
+    del settings["data"]["label_column"]
+    path.write_text(json.dumps(content))
+    run()
+    assert len(calls) == 1
+    run(label_column="label")
+    assert len(calls) == 2
+
+
+def test_what_a_stopped_suite_left_is_used_by_data_of_the_same_meaning(evaluation_context, tmp_path, monkeypatch):
+    context, computed, fails = evaluation_context(), [], True
+    monkeypatch.setattr("latent_egc.measuring.context.ROWS_PER_PART", 2)
+
+    def suite(context, settings):
+        def numbers(positions):
+            if fails and positions.start >= 2:
+                raise KeyboardInterrupt
+            computed.extend(positions)
+            return torch.tensor(positions)
+
+        return SuiteResult(len(context.over_in_parts(4, numbers, "count")), {"n": Metric(1.0)})
+
+    monkeypatch.setattr(generation, "run", suite)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(context.pipeline, context.data, ["generation"], tmp_path / "report")
+    fails = False
+    data = replace(context.data, num_workers=2, random_resized_crop=None)
+    evaluate(context.pipeline, data, ["generation"], tmp_path / "report")
+    assert computed == [0, 1, 2, 3]
+
+
+def test_a_suite_is_measured_again_when_an_extractor_of_transformers_has_changed(run, tmp_path, monkeypatch):
+    calls, found = [], SuiteResult(1, {"n": Metric(1.0)})
+    monkeypatch.setattr(generation, "run", lambda context, settings: calls.append(1) or found)
+    (tmp_path / "dinov2").mkdir()
+    for value in (0.0, 0.0, 1.0):
+        save_file({"weight": torch.full((2,), value)}, tmp_path / "dinov2" / "model.safetensors")
+        run(["generation"], f"generation.features=[{tmp_path / 'dinov2'}]")
     assert len(calls) == 2
 
 

@@ -147,6 +147,20 @@ def test_fresh_network_is_the_optimum_for_white_gaussian_data(tiny, head):
     torch.testing.assert_close(output.logits.softmax(dim=1), torch.full((3, 3), 1 / 3))
 
 
+@pytest.mark.parametrize("head", ["map", "inner"])
+@pytest.mark.parametrize("tiny", TINY_BACKBONES.values(), ids=TINY_BACKBONES)
+def test_logmeanexp_moves_energies_by_a_constant_and_nothing_else(tiny, head):
+    plain, pooled = tiny(head=head).double(), tiny(head=head, energy_pooling="logmeanexp").double()
+    latents, timesteps = torch.randn(4, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 300, 600, 999])
+    alpha, sigma = plain.noise_levels(timesteps)
+    constant = {"map": 16 * math.log(3) * alpha, "inner": math.log(3) * sigma}[head]
+    expected, found = plain(latents, timesteps), pooled(latents, timesteps)
+    torch.testing.assert_close(found.energy, expected.energy + constant)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(pooled.epsilon(latents, timesteps), plain.epsilon(latents, timesteps))
+    assert EGCUNet.from_config({"num_classes": 3, "in_channels": 2}).config.energy_pooling == "logsumexp"
+
+
 def test_attention_pool_by_hand():
     energy_map = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     for row, pooled in zip(energy_map, attention_pool(energy_map), strict=True):
@@ -379,6 +393,7 @@ def test_attention_of_a_stored_network_does_not_depend_on_the_default(tmp_path):
         ({"head": "outer"}, "head must be 'map' or 'inner', got 'outer'"),
         ({"num_classes": 1}, "num_classes"),
         ({"num_classes": None}, "energy_channels"),
+        ({"energy_pooling": "mean"}, "energy_pooling must be one of logsumexp, logmeanexp, got 'mean'"),
         ({"energy_channels": 7}, "energy_channels must be num_classes=3"),
         ({"head": "inner", "energy_channels": 3}, "energy_channels"),
         ({"num_classes": None, "energy_channels": 4, "class_embedding": True}, "class_embedding"),

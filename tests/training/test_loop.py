@@ -528,3 +528,22 @@ loop.train(loop.dataclasses.replace(config, data=loop.dataclasses.replace(config
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "a peer is gone" in ended.stderr
+
+
+def test_the_time_score_is_trained_and_its_constant_saved(tmp_path):
+    """The pipeline then tells densities in one pass; the constant is that of its weights. Without the term, neither."""
+    values = run_values(tmp_path / "run", trackers=[], max_steps=2, checkpoint_every=2)
+    values["objective"]["time_score_weight"] = 0.01
+    values["model"]["energy_pooling"] = "logmeanexp"
+    folder = train(parse_config(values))
+    for row in read_metrics(folder / "metrics.jsonl"):
+        if "loss" in row:
+            assert row["loss"] > row["denoising_loss"] + 0.1 * row["classification_loss"] + 1e-4
+    pipeline = EGCPipeline.from_pretrained(resolve_pipeline(folder))
+    found = pipeline.config.log_normalizer
+    assert pipeline.fit_log_normalizer()[0] == pytest.approx(found, rel=1e-6)
+    images = torch.zeros(1, 3, 32, 32)
+    assert pipeline.log_density(images, "one_pass").log_density.isfinite().all()
+    without = EGCPipeline.from_pretrained(resolve_pipeline(train(run_config(tmp_path / "without", max_steps=1))))
+    with pytest.raises(ValueError, match="time_score_weight"):
+        without.log_density(images, "one_pass")

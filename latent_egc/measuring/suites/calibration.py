@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult
+from latent_egc.measuring.results import Curves, Figure, Metric, SuiteResult
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     }
     bins = {title: reliability_bins(values, labels[judged], settings.num_bins) for title, values in variants.items()}
     diagram = plots.reliability_diagram(np.linspace(0, 1, settings.num_bins + 1), bins)
+    series = {}
+    for title, (confidence, accuracy, count) in bins.items():
+        series[title] = (confidence[count > 0].tolist(), accuracy[count > 0].tolist())
+    curves = (Curves("confidence", "accuracy", series, aims_at_diagonal=True),)
+    caption = "Reliability: accuracy of the images in each bin of confidence."
     notes = [
         f"The temperature was fitted on {num_fitted} images of the validation split, the numbers are of the other "
         f"{len(judged)}; the intervals hold it fixed.",
@@ -109,6 +114,6 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     return SuiteResult(
         num_samples=len(judged),
         metrics=metrics | {"temperature": Metric(temperature)},
-        figures=[Figure("reliability", "Reliability: accuracy of the images in each bin of confidence.", diagram)],
+        figures=[Figure("reliability", caption, diagram, curves=curves)],
         notes=notes,
     )

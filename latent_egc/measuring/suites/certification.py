@@ -15,7 +15,7 @@ from latent_egc.config import ConfigError, within
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+from latent_egc.measuring.results import Curves, Figure, Metric, SuiteResult, Table
 from latent_egc.methods.certification import largest_radius
 
 
@@ -137,11 +137,11 @@ def _curves(
 ) -> Figure:
     """Certified accuracy against the radius, a curve a sigma."""
     grid = np.linspace(0, 1.05 * max(largest.values()), POINTS)
-    series = {
-        f"sigma {sigma:g}, at most {largest[sigma]:.2f}": [context.accuracy(radii >= radius) for radius in grid]
-        for sigma, radii in found.items()
-    }
+    shares = {sigma: [context.accuracy(radii >= radius) for radius in grid] for sigma, radii in found.items()}
+    series = {f"sigma {sigma:g}, at most {largest[sigma]:.2f}": points for sigma, points in shares.items()}
     level = (metrics["accuracy without noise"].value, "without noise")
-    picture = plots.lines(grid, series, f"l2 radius, {space}", "certified accuracy", (0, 1.02), level)
+    x_name, y_name = f"l2 radius, {space}", "certified accuracy"
+    picture = plots.lines(grid, series, x_name, y_name, (0, 1.02), level)
     caption = "Share of images that are classified right whatever is added to them within the radius."
-    return Figure("certified_accuracy", caption, picture)
+    curves = Curves(x_name, y_name, {f"sigma {sigma:g}": (grid.tolist(), points) for sigma, points in shares.items()})
+    return Figure("certified_accuracy", caption, picture, curves=(curves,))

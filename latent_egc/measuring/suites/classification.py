@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from latent_egc.config import within
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+from latent_egc.measuring.results import Curves, Figure, Metric, SuiteResult, Table
 
 
 @dataclass(frozen=True)
@@ -78,4 +78,5 @@ def _noise_curve(context: EvaluationContext, settings: Settings, clean: Metric) 
         "noise_level",
         "Accuracy of the same classifier on latents noised to each timestep, with 95 % intervals.",
         plots.lines(timesteps, series, "timestep", "top-1 accuracy", (0, 1.02), level),
+        curves=(Curves("timestep", "top-1 accuracy", {"": (timesteps, accuracies)}),),
     )

@@ -6,9 +6,9 @@ the one of the largest agreement. Selection among candidates stands beside it: i
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from latent_egc.config import ConfigError, within
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
+from latent_egc.measuring.results import Curves, Figure, Metric, SuiteResult, Table
 from latent_egc.measuring.sample_quality import InstrumentSettings, Quality, SampleQuality, sample_images
 from latent_egc.pipelines.sampling_checks import check_guidance
 
@@ -99,8 +99,9 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     picture = plots.image_grid(
         torch.stack(shown).permute(0, 1, 3, 4, 2).numpy() / 255, [f"{w.guidance_scale:g}, {w.where}" for w in ways]
     )
+    curves, caption = _curves(ways, found), "What each scale buys and costs, by the interval it acts in."
     figures = [
-        Figure("curves", "What each scale buys and costs, by the interval it acts in.", _curves(ways, found, best)),
+        Figure("curves", caption, _panels(curves, ways[best], found[best]), curves=curves),
         Figure("samples", "The first samples of the first classes at each setting, from the same noise.", picture),
     ]
     sampler = f"{type(context.pipeline.scheduler).__name__} with {settings.num_inference_steps} steps"
@@ -175,22 +176,29 @@ def _table(ways: Sequence[Guided], found: Sequence[Quality], best: int) -> Table
     return Table("Guidance, and selection among candidates", names.split(", "), rows)
 
 
-def _curves(ways: Sequence[Guided], found: Sequence[Quality], best: int) -> bytes:
-    """A panel for each of agreement, precision and recall; selection, at one scale, is a point."""
-    quantities: dict[str, Any] = {
-        "class agreement": lambda one: one.agreement.value,
-        "precision": lambda one: one.precision,
-        "recall": lambda one: one.recall,
-    }
-    curves = {
-        quantity: {
-            where: (
-                [way.guidance_scale for way in ways if way.where == where],
-                [value(one) for way, one in zip(ways, found, strict=True) if way.where == where],
-            )
-            for where in dict.fromkeys(way.where for way in ways)
-        }
-        for quantity, value in quantities.items()
-    }
-    marked = {quantity: (ways[best].guidance_scale, value(found[best])) for quantity, value in quantities.items()}
-    return plots.panels(curves, "guidance scale", marked)
+QUANTITIES: dict[str, Callable[[Quality], float | Metric]] = {
+    "class agreement": lambda one: one.agreement,
+    "precision": lambda one: one.precision,
+    "recall": lambda one: one.recall,
+}
+
+
+def _curves(ways: Sequence[Guided], found: Sequence[Quality]) -> tuple[Curves, ...]:
+    """Of each quantity, a curve for each interval; selection, at one scale, is a point."""
+    curves = []
+    for quantity, value in QUANTITIES.items():
+        series: dict[str, tuple[list[float], list[float | Metric]]] = {}
+        for way, one in zip(ways, found, strict=True):
+            x, y = series.setdefault(way.where, ([], []))
+            x.append(way.guidance_scale)
+            y.append(value(one))
+        curves.append(Curves("guidance scale", quantity, series))
+    return tuple(curves)
+
+
+def _panels(curves: Sequence[Curves], best: Guided, its_quality: Quality) -> bytes:
+    """A panel for each quantity, the chosen setting marked."""
+    heights = {quantity: value(its_quality) for quantity, value in QUANTITIES.items()}
+    heights["class agreement"] = its_quality.agreement.value
+    marked = {quantity: (best.guidance_scale, height) for quantity, height in heights.items()}
+    return plots.panels({one.y_name: one.series for one in curves}, curves[0].x_name, marked)

@@ -39,6 +39,11 @@ def test_suite_by_hand(evaluation_context, noise):
     assert last[-2].value == pytest.approx(output.labels.count(None) / 5)
     assert ("not of pixels" in result.notes[0]) == (noise == "latents")
     assert (result.figures[0].name, result.figures[0].shows_data) == ("certified_accuracy", False)
+    (curves,) = result.figures[0].curves
+    x, y = curves.series["sigma 1"]
+    assert x[0] == 0
+    assert y[0].value == pytest.approx(found["certified accuracy at radius 0, sigma 1"])
+    assert len(x) == len(y)
 
 
 def test_how_many_images_and_votes_by_default(evaluation_context, monkeypatch):

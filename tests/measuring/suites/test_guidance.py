@@ -58,6 +58,9 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path, capsys):
     assert result.notes[0] in capsys.readouterr().out
     assert [figure.name for figure in result.figures] == ["curves", "samples"]
     assert not any(figure.shows_data for figure in result.figures)
+    agreement, precision, _ = result.figures[0].curves
+    assert agreement.series["0.3 to 0.8"] == ([1.0, 3.0], [row[3] for row in table.rows[2:4]])
+    assert precision.series["everywhere"] == ([1.0, 3.0], [row[4].value for row in table.rows[:2]])
 
 
 def test_a_stopped_suite_goes_on_behind_the_last_setting(run, extractor, monkeypatch):

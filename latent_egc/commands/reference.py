@@ -1,0 +1,39 @@
+"""Write a split's images as the .npz with which the evaluator of ADM, or `evaluate`, compares samples.
+
+example: latent-egc reference configs/cifar10_small.yaml reference.npz --num-images 10000
+
+The images are the centre crops of `data.image_size` that a network of that size is judged by, with their classes.
+"""
+
+import argparse
+from pathlib import Path
+
+from latent_egc.commands.arguments import positive_integer, seed
+from latent_egc.commands.evaluate import extra_packages
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, and where to."""
+    parser.add_argument("config", help="a YAML file with a data section, a training config for example")
+    parser.add_argument("output", type=Path, metavar="FILE.npz", help="the file to write")
+    parser.add_argument("--split", choices=("train", "validation"), default="train", help="default %(default)s")
+    parser.add_argument("--num-images", type=positive_integer, default=None, help="drawn by the seed (default all)")
+    parser.add_argument("--seed", type=seed, default=0, help="default %(default)s")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the file, whole or not at all."""
+    from latent_egc.config import load_data_config
+    from latent_egc.data.sources import NoObviousColumnError, load_splits
+
+    with extra_packages():
+        from latent_egc.measuring.image_archives import write_split
+
+    data = load_data_config(options.config)
+    try:
+        splits = load_splits(data, "any")
+    except NoObviousColumnError:
+        splits = load_splits(data, None)  # images without labels are a reference too
+    table = getattr(splits, options.split)
+    count = write_split(table, data, options.output, options.num_images, options.seed)
+    print(f"{count:,} images written: {options.output}")
