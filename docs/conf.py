@@ -29,7 +29,7 @@ highlight_language = "text"  # of blocks that name no language: formulas and tre
 suppress_warnings = ["toc.excluded", "toc.not_readable"]
 exclude_patterns = ["_build"]
 exclude_patterns += [
-    f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING") if not (ROOT / f"{name}.md").exists()
+    f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING") if not (ROOT / f"{name}.md").exists()
 ]
 
 autodoc_member_order = "bysource"
