@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-compiler test-faults gpu-check lint docs
+.PHONY: quickstart test test-compiler test-faults test-demo gpu-check lint docs
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +17,7 @@ quickstart: $(VENV)/installed
 
 # Sums over several threads depend on their number, and the tests start processes of their own: one thread each.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not full_compiler and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not full_compiler and not faults and not demo"
 
 # What takes minutes of the code generator: the compiled training step.
 test-compiler: $(VENV)/installed
@@ -26,6 +26,10 @@ test-compiler: $(VENV)/installed
 # Kills, full disks and damaged images: a line each; see docs/security.md.
 test-faults: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -v -m faults tests/faults
+
+# The demo in a headless browser: skipped where Chromium is missing (on Debian: apt-get install -y chromium).
+test-demo: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m demo tests/demo
 
 # Gradients, speed, memory and sharding on a CUDA device, into gpu_check.json, in at most 9 minutes.
 gpu-check: $(VENV)/installed

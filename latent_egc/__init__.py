@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latent_egc.exchange.image_classification import EGCForImageClassification
     from latent_egc.methods.composition import either_of
     from latent_egc.methods.correctors import Corrector
     from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel, EnergyOutput
@@ -14,6 +15,7 @@ __all__ = [
     "Corrector",
     "EGCCertificationOutput",
     "EGCClassificationOutput",
+    "EGCForImageClassification",
     "EGCLosses",
     "EGCObjective",
     "EGCPipeline",
@@ -32,6 +34,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'latent_egc' has no attribute {name!r}")
     homes = dict.fromkeys(("EGCCertificationOutput", "EGCClassificationOutput", "EGCPipeline"), "pipelines")
     homes |= {"Corrector": "methods.correctors", "either_of": "methods.composition"}
+    homes |= {"EGCForImageClassification": "exchange.image_classification"}
     homes |= {"EGCLosses": "objective", "EGCObjective": "objective"}
     return getattr(import_module(f"latent_egc.{homes.get(name, 'models')}"), name)
 

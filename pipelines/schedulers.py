@@ -1,5 +1,6 @@
 """Which noise scheduler an energy network samples with: one on its own noise schedule; and how it is asked to."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,18 @@ def solver(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     if name not in SOLVERS:
         raise ValueError(f"there is no solver {name!r}, only {', '.join(SOLVERS)}")
     return SOLVERS[name].from_config(scheduler.config, timestep_spacing="trailing")
+
+
+def steps_within(scheduler: SchedulerMixin, budgets: Sequence[int]) -> dict[int, int]:
+    """Numbers of steps -> evaluations that they take: the most steps within each budget that allows any."""
+    scheduler, found = copy.deepcopy(scheduler), {}
+    for budget in sorted(budgets):
+        for steps in range(budget, 0, -1):
+            scheduler.set_timesteps(steps)
+            if len(scheduler.timesteps) <= budget:
+                found[steps] = len(scheduler.timesteps)
+                break
+    return found
 
 
 def default_scheduler(energy_model: ModelMixin) -> DDIMScheduler:

@@ -20,10 +20,13 @@ LAYERS = [
     {"training"},
     {"exchange"},
     {"measuring"},
+    {"demo"},
     {"commands", "cli", "__main__"},
 ]
 # What travels to the Hub imports nothing that a machine with diffusers alone has not, and is concatenated there.
 TRAVELLING = ("models", "methods", "pipelines")
+# ... and what makes of a folder a model of transformers, which imports that too.
+FOR_TRANSFORMERS = "latent_egc.exchange.image_classification"
 MAXIMAL_LINES, MAXIMAL_FUNCTION_LINES = 400, 80
 
 
@@ -52,6 +55,7 @@ def room_of(name):
 
 SOURCES = sources()
 CONCATENATED = {name for name in SOURCES if room_of(name) in TRAVELLING and not name.endswith("__init__")}
+CONCATENATED.add(FOR_TRANSFORMERS)
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
@@ -70,9 +74,11 @@ def test_modules_import_only_from_lower_rooms(name):
         package = imported.split(".")[0]
         if package == "latent_egc" and room_of(imported) is not None:
             assert layer_of(imported) <= layer_of(name), f"{name} imports {imported}"
-        if room_of(name) in TRAVELLING:
+        if room_of(name) in TRAVELLING or name == FOR_TRANSFORMERS:
             allowed = {"torch", "diffusers", "latent_egc", *sys.stdlib_module_names}
+            allowed |= {"transformers", "safetensors"} if name == FOR_TRANSFORMERS else set()
             assert package in allowed, f"{name} imports {imported}"
+            assert package != "latent_egc" or room_of(imported) in TRAVELLING, f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize("name", sorted(CONCATENATED))
@@ -162,7 +168,7 @@ def test_wheel_holds_only_latent_egc(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"latent_egc"}
     assert {f"{name.replace('.', '/')}.py" for name in SOURCES} <= names
-    for asset in ("measuring/report.html.j2", "assets/digits_vae/config.json"):
+    for asset in ("measuring/report.html.j2", "assets/digits_vae/config.json", "assets/digits.yaml"):
         assert f"latent_egc/{asset}" in names
     assert "latent_egc/assets/digits_vae/diffusion_pytorch_model.safetensors" in names
 

@@ -18,6 +18,8 @@ VERBS = (
     "classify",
     "certify",
     "edit",
+    "gallery",
+    "demo",
     "evaluate",
     "probe",
     "report",

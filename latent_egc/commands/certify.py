@@ -24,9 +24,6 @@ from latent_egc.commands.arguments import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
-
-    from latent_egc.pipelines import EGCPipeline
 
 SHOWN_IMAGES, SHOWN_CLASSES = 20, 3
 
@@ -55,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from latent_egc.data.sources import CorruptImageError, read_image
     from latent_egc.data.stream import noise_generator
     from latent_egc.pipelines.images import central_crop
+    from latent_egc.training.figures import with_noised_copy
 
     files = image_files(options.images)
     pipeline = load_pipeline(options.pipeline, options.device)
@@ -73,30 +71,12 @@ def run(options: argparse.Namespace) -> int:
         votes.sort(key=lambda vote: -vote[1])
         rows[-1] |= {"label": output.labels[0], "radius": float(output.radius), "space": output.space, "votes": votes}
         if options.output is not None and len(pairs) < SHOWN_IMAGES:
-            pairs.append(_with_noised_copy(pipeline, image, options, number))
+            generator = noise_generator(options.seed, number)
+            pairs.append(with_noised_copy(pipeline, image, options.sigma, options.noise, generator))
     print(json.dumps(rows, indent=1)) if options.json else _print_table(rows)
     if pairs:
         _draw(options, rows, pairs)
     return int(any("error" in row for row in rows))
-
-
-def _with_noised_copy(
-    pipeline: "EGCPipeline", image: "Image.Image", options: argparse.Namespace, number: int
-) -> "np.ndarray":
-    """(2, H, W, 3) in [0, 1]: an image, and one of the copies that vote; that of latents is decoded."""
-    import torch
-
-    from latent_egc.data.stream import noise_generator
-    from latent_egc.pipelines.images import preprocess_images
-
-    pixel_values = preprocess_images(image, pipeline.image_size).to(pipeline.device)
-    with torch.no_grad():
-        of_pixels = options.noise == "pixels"
-        clean = pixel_values if of_pixels else pipeline.encode(pixel_values)
-        noise = torch.randn(clean.shape, generator=noise_generator(options.seed, number)).to(clean)
-        noised = clean + (2 if of_pixels else 1) * options.sigma * noise
-        both = torch.cat([pixel_values, noised if of_pixels else pipeline.decode(noised).to(pixel_values)])
-    return (both / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def _draw(options: argparse.Namespace, rows: Sequence[dict[str, Any]], pairs: Sequence["np.ndarray"]) -> None:

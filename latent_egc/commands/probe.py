@@ -7,6 +7,7 @@ cache, which takes rows x channels of all blocks x p x p x 2 bytes a timestep.
 """
 
 import argparse
+from pathlib import Path
 
 from latent_egc.commands.evaluate import add_study_arguments, data_and_folder, extra_packages, print_report
 
@@ -18,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run's folder, or a folder or Hub id of a pipeline or network: energy network, UNet2DModel, DiT",
     )
     add_study_arguments(parser, "probe", "heatmap,pooling,heads", example="num_train_images=5000")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="write the best linear probe there, beside its network, as a classifier that transformers loads",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,6 +39,8 @@ def run(options: argparse.Namespace) -> None:
     data, folder = data_and_folder(options, "probe")
     accelerator = Accelerator()
     denoiser = load_denoiser(options.pipeline, accelerator.device)
-    report = probe(denoiser, data, options.suite.split(","), folder, settings, accelerator)
+    report = probe(denoiser, data, options.suite.split(","), folder, settings, accelerator, options.save)
     if accelerator.is_main_process:
         print_report(report)
+        if options.save is not None:
+            print(f"probe: {options.save}")

@@ -3,15 +3,24 @@
 Saving a pipeline puts the code files of the energy network and the pipeline beside the weights (they import torch,
 diffusers and the standard library only); the card has the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses
 the installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` the code beside the weights.
+For transformers the folder also says how its weights are read as an image classifier's, see `image_classification.py`.
 """
 
+import inspect
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from diffusers import ModelMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors.torch import save_file
 
 from latent_egc.atomic import check_unoccupied, replace_folder
 from latent_egc.config import read_sections
+from latent_egc.exchange.image_classification import LINEAR_FILE, EGCConfig, EGCImageProcessor
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
@@ -31,6 +40,15 @@ pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 
 With latent-egc installed, `EGCPipeline.from_pretrained("{name}")` does the same and runs no code from the repository.
 
+For transformers it is {as_transformers}:
+
+```python
+from transformers import pipeline
+
+extract = pipeline("image-feature-extraction", model="{name}", trust_remote_code=True)
+features = extract(image, pool=True)
+{transformers_call}```
+
 ## Measured
 
 {numbers}
@@ -39,6 +57,11 @@ With latent-egc installed, `EGCPipeline.from_pretrained("{name}")` does the same
 
 ```yaml
 {config}```
+"""
+
+TRANSFORMERS_CALL = """\
+classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
+print(classify(image, top_k=1))
 """
 
 
@@ -63,7 +86,9 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
     check_unoccupied(folder)
 
     def write(unfinished: Path) -> None:
-        EGCPipeline.from_pretrained(source).save_pretrained(unfinished)
+        pipeline = EGCPipeline.from_pretrained(source)
+        pipeline.save_pretrained(unfinished)
+        add_transformers_files(unfinished, pipeline)
         _add_card(unfinished, run, source, push_to_hub or folder.name)
 
     replace_folder(folder, write)
@@ -72,6 +97,58 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
         api.create_repo(push_to_hub, exist_ok=True)
         api.upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="Export from latent-egc")
     return folder
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear layer on pooled features, which makes classes of them.
+
+    Args:
+        weight, bias: (K, D p^2) and (K,) of the features as they come, not standardised.
+        names: of the K classes.
+        block, timestep, pooling: where the features are taken, see `EGCConfig`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    names: list[str]
+    block: str
+    timestep: int
+    pooling: int
+
+
+def add_transformers_files(folder: Path, pipeline: EGCPipeline, head: LinearHead | None = None) -> None:
+    """Makes a saved pipeline's folder also a model of transformers, whose weights are those that lie there already.
+
+    Args:
+        folder: where the pipeline was saved.
+        pipeline: what was saved.
+        head: what classifies; None: the energy network itself.
+    """
+    names, place = pipeline.id2label, {}
+    if head is not None:
+        save_file({"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}, folder / LINEAR_FILE)
+        names = dict(enumerate(head.names))
+        place = {"block": head.block, "timestep": head.timestep, "pooling": head.pooling}
+    config = EGCConfig(
+        energy_model=_constructor_arguments(pipeline.energy_model),
+        vae=None if pipeline.vae is None else _constructor_arguments(pipeline.vae),
+        classifier="energy" if head is None else "linear",
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        weights_in_components=True,
+        architectures=["EGCForImageClassification"],
+        **place,
+    )
+    config.save_pretrained(folder)
+    EGCImageProcessor(pipeline.image_size).save_pretrained(folder)
+
+
+def _constructor_arguments(network: ModelMixin) -> dict[str, Any]:
+    """What its class and its configuration are, without what its constructor adds to the latter."""
+    wanted = inspect.signature(type(network)).parameters
+    config = json.loads(network.to_json_string())
+    return {"_class_name": type(network).__name__} | {k: v for k, v in config.items() if k in wanted}
 
 
 def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
@@ -109,6 +186,8 @@ def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
         grid="![samples](samples.png)\n" if grids else "",
         sample_call=f"image = pipe({call}num_inference_steps={steps}).images[0]",
         classify_call="print(pipe.classify(image, top_k=1).labels)\n" if names else "",
+        as_transformers="an image classifier and a backbone" if names else "a backbone",
+        transformers_call=TRANSFORMERS_CALL.format(name=name) if names else "",
         numbers=numbers,
         config=config_text,
     )

@@ -1,8 +1,7 @@
 """A frozen denoiser to take features from: an energy network, or a U-Net or transformer of diffusers.
 
 Features are read by forward hooks on the network's blocks, one mechanism for all of them, and the only one by which
-DifFeed can add to a block's output. Blocks are called "in", then "down.LEVEL.LAYER", "mid.LAYER" and "up.LEVEL.LAYER"
-(LEVEL 0 is the finest), or "block.LAYER".
+DifFeed can add to a block's output. Blocks are called as in `models/feature_maps.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +14,8 @@ from torch import nn
 
 from latent_egc.config import ConfigError
 from latent_egc.data.autoencoders import encode_moments, fingerprint, latents_from_moments
-from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
+from latent_egc.models import EnergyModel
+from latent_egc.models.feature_maps import as_map, levelled_blocks, named_blocks, numbered_blocks
 from latent_egc.models.noise_schedule import add_noise
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.pipelines.latents import latent_channels, vae_scale_factor
@@ -112,8 +112,7 @@ class Denoiser:
         def hook(name: str) -> Callable:
             def read(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
                 is_tokens = output.ndim == 3
-                if is_tokens:  # (N, T, D), row by row of a square
-                    output = output.transpose(1, 2).unflatten(2, (int(output.shape[1] ** 0.5), -1))
+                output = as_map(output)
                 if edits is None or name not in edits:
                     maps[name] = output
                     return None
@@ -144,34 +143,24 @@ class Denoiser:
 
 def _blocks(network: ModelMixin) -> dict[str, nn.Module]:
     """Name -> the module whose output is the block's. Raises ConfigError for a network that is not supported."""
-    if isinstance(network, EGCTransformer):
-        return {"in": network.patch_embedding} | {f"block.{i}": block for i, block in enumerate(network.blocks)}
+    if isinstance(network, EnergyModel):
+        return named_blocks(network)
     if isinstance(network, DiTTransformer2DModel):
-        blocks = enumerate(network.transformer_blocks)
-        return {"in": network.pos_embed} | {f"block.{i}": block for i, block in blocks}
-    if isinstance(network, EGCUNet):
-        down, up, mid = network.down_blocks, network.up_blocks, network.mid_blocks
-    elif isinstance(network, UNet2DModel):
-        if network.class_embedding is not None:
-            raise ConfigError(
-                "a UNet2DModel with class embedding has no null label; it cannot be probed without labels"
-            )
-        # Of a level's layers an attention's output, where one follows the ResNet block.
-        down, up = (
-            [list(getattr(level, "attentions", None) or level.resnets) for level in levels]
-            for levels in (network.down_blocks, network.up_blocks)
-        )
-        mid = [] if network.mid_block is None else [network.mid_block]
-    else:
+        return numbered_blocks(network.pos_embed, network.transformer_blocks)
+    if not isinstance(network, UNet2DModel):
         raise ConfigError(
             f"a {type(network).__name__} cannot be probed; the denoiser must be an EGCUNet, an EGCTransformer, a "
             "UNet2DModel or a DiTTransformer2DModel"
         )
-    blocks = {"in": network.conv_in}
-    blocks |= {f"down.{level}.{i}": block for level, layers in enumerate(down) for i, block in enumerate(layers)}
-    blocks |= {f"mid.{i}": block for i, block in enumerate(mid)}
-    finest_last = zip(reversed(range(len(up))), up, strict=True)
-    return blocks | {f"up.{level}.{i}": block for level, layers in finest_last for i, block in enumerate(layers)}
+    if network.class_embedding is not None:
+        raise ConfigError("a UNet2DModel with class embedding has no null label; it cannot be probed without labels")
+    # Of a level's layers an attention's output, where one follows the ResNet block.
+    down, up = (
+        [list(getattr(level, "attentions", None) or level.resnets) for level in levels]
+        for levels in (network.down_blocks, network.up_blocks)
+    )
+    mid = [] if network.mid_block is None else [network.mid_block]
+    return levelled_blocks(network.conv_in, down, mid, up)
 
 
 def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
@@ -187,7 +176,8 @@ def load_denoiser(source: str, device: str | torch.device = "cpu") -> Denoiser:
         ConfigError: nothing there that can be loaded, or no denoiser that can be probed.
     """
     folder, components = Path(source).expanduser(), None
-    is_network = (folder / "config.json").is_file()
+    # A pipeline's folder may have a config.json too, transformers'.
+    is_network = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
     try:
         place = str(folder if is_network else resolve_pipeline(source))
         if not is_network:

@@ -38,9 +38,14 @@ class ProbeScore:
 
 def standardised(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Every array (N, ...) less the mean of `train` and divided by its deviation; constant features become 0."""
-    mean, deviation = train.mean(axis=0), train.std(axis=0)
-    scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 1e-6)
+    mean, scale = _mean_and_scale(train)
     return [(array - mean) * scale for array in (train, *others)]
+
+
+def _mean_and_scale(train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The features' mean, and what they are multiplied by."""
+    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    return mean, np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 1e-6)
 
 
 def fit_logistic(features: np.ndarray, labels: np.ndarray, c: float, max_iter: int) -> LogisticRegression:
@@ -98,6 +103,29 @@ def linear_probe(
     c = max(held_out, key=lambda c: (held_out[c], -c))  # of equals the strongest penalty
     predicted = fit_logistic(train, train_labels, c, config.max_iter).predict(test)
     return ProbeScore(held_out[c], float((predicted == test_labels).mean()), c), predicted
+
+
+def linear_layer(
+    features: np.ndarray, labels: np.ndarray, c: float, max_iter: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear probe as a layer on features that are not standardised.
+
+    Args:
+        features: (N, ...), D each.
+        labels: (N,), of all classes.
+        c, max_iter: as for `fit_logistic`.
+
+    Returns:
+        Weight (K, D) and bias (K,), float32.
+    """
+    features = features.reshape(len(features), -1).astype(np.float64)
+    mean, scale = _mean_and_scale(features)
+    model = fit_logistic((features - mean) * scale, labels, c, max_iter)
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) == 1:  # of two classes the second's log odds
+        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    weight = weight * scale
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from latent_egc.measuring.context import EvaluationContext, StudyContext
 from latent_egc.measuring.denoisers import Denoiser
 from latent_egc.measuring.meaning import digest_of_files, same_study
 from latent_egc.measuring.probe_context import ProbeContext
+from latent_egc.measuring.probe_export import check_can_save, save_probe
 from latent_egc.measuring.report import Report, draw_page, plain
 from latent_egc.measuring.settings import PlaceSettings, StudySettings, with_sections
 from latent_egc.pipelines import EGCPipeline
@@ -84,6 +85,7 @@ def probe(
     folder: str | Path,
     settings: PlaceSettings | None = None,
     accelerator: Accelerator | None = None,
+    save: Path | None = None,
 ) -> Report:
     """Measures what a frozen denoiser's features know of a dataset's classes.
 
@@ -92,16 +94,25 @@ def probe(
         data, suites, folder, settings: as for `evaluate`, with `PROBING` and `ProbeSettings`; the feature cache lies
             in the folder too, as features/.
         accelerator: the processes that compute the features together; the suites are the main one's.
+        save: a folder for the best linear probe as a classifier of transformers; None: it is not saved.
 
     Returns:
         The report, as it stands in `folder`; in the other processes, as it stood before.
 
     Raises:
-        ConfigError: an unknown suite, a dataset without labels, a setting that cannot be used.
+        ConfigError: an unknown suite, a dataset without labels, a setting that cannot be used, a probe that cannot be
+            saved.
     """
     chosen, accelerator = _chosen(suites, PROBING), accelerator or Accelerator()
     context = ProbeContext(denoiser, data, settings or ProbeSettings(), accelerator, Path(folder) / "features")
-    return _study(context, chosen, Path(folder), denoiser.source or type(denoiser.network).__name__)
+    if save is not None:
+        check_can_save(context, save)
+    report = _study(context, chosen, Path(folder), denoiser.source or type(denoiser.network).__name__)
+    if save is not None:
+        context.cache.extract(context.timesteps_of([]), accelerator)  # nothing to do where a suite has been measured
+        if accelerator.is_main_process:
+            save_probe(context, save)
+    return report
 
 
 def _chosen(names: Sequence[str], suites: Mapping[str, ModuleType]) -> dict[str, ModuleType]:

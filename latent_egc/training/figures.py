@@ -1,21 +1,26 @@
 """Pictures of a run and of what its network says: sample grids, training curves, certificates."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import einops
 import matplotlib
 import numpy as np
+import torch
+from diffusers.image_processor import PipelineImageInput
 from PIL import Image
 from tqdm.auto import tqdm
 
 from latent_egc.config import SamplingConfig
 from latent_egc.data.stream import noise_generator
 from latent_egc.pipelines import EGCPipeline
+from latent_egc.pipelines.images import preprocess_images
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.textpath import TextPath
 
 
 def sample_rows(
@@ -64,33 +69,107 @@ def sample_rows(
     return einops.rearrange(np.concatenate(images), "(r c) h w d -> r c h w d", r=num_rows)
 
 
-def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | None = None, title: str = "") -> None:
-    """Writes a PNG of `images` (rows, columns, H, W, 3) in [0, 1], each row named at its left.
+@torch.no_grad()
+def with_noised_copy(
+    pipeline: EGCPipeline, image: PipelineImageInput, sigma: float, noise: str, generator: torch.Generator
+) -> np.ndarray:
+    """An image, and one of the copies that vote in `EGCPipeline.certify`.
 
-    Small images are enlarged by a whole factor, pixel by pixel, so that nothing is invented between pixels.
+    Args:
+        pipeline: what certifies.
+        image: one.
+        sigma, noise: as for `certify`; noised "latents" are decoded.
+        generator: of the noise.
+
+    Returns:
+        (2, H, W, 3) float32 in [0, 1].
     """
-    rows, height = images.shape[0], images.shape[2]
-    factor, gap = max(1, round(64 / height)), 2
-    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
-    sheet = einops.rearrange(images, "r c h w d -> (r h) (c w) d")
-    size = (sheet.shape[1] * factor, sheet.shape[0] * factor)
-    sheet = Image.fromarray((sheet * 255).round().clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    pixel_values = preprocess_images(image, pipeline.image_size).to(pipeline.device)
+    of_pixels = noise == "pixels"
+    clean = pixel_values if of_pixels else pipeline.encode(pixel_values)
+    drawn = torch.randn(clean.shape, generator=generator).to(clean)
+    noised = clean + (2 if of_pixels else 1) * sigma * drawn
+    both = torch.cat([pixel_values, noised if of_pixels else pipeline.decode(noised).to(pixel_values)])
+    return (both / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
 
+
+@dataclass(frozen=True)
+class Panel:
+    """A grid of images and what is written around it.
+
+    Args:
+        images: (rows, columns, H, W, 3) in [0, 1].
+        row_names: of each row, at its left; may have several lines.
+        title: above all.
+        column_names: of each column, above it; may have several lines.
+    """
+
+    images: np.ndarray
+    row_names: Sequence[str] | None = None
+    title: str = ""
+    column_names: Sequence[str] | None = None
+
+    @property
+    def head(self) -> float:
+        """Height in inches of what is above the images."""
+        return (0.35 if self.title else 0.05) + 0.13 * max(map(_num_lines, self.column_names or [""]))
+
+    def sheet(self) -> Image.Image:
+        """The images beside each other.
+
+        Small ones are enlarged by a whole factor, pixel by pixel, so that nothing is invented between pixels.
+        """
+        factor, gap = max(1, round(64 / self.images.shape[2])), 2
+        images = np.pad(self.images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
+        sheet = einops.rearrange(images, "r c h w d -> (r h) (c w) d")
+        size = (sheet.shape[1] * factor, sheet.shape[0] * factor)
+        sheet = Image.fromarray((sheet * 255).round().clip(0, 255).astype(np.uint8))
+        return sheet.resize(size, Image.Resampling.NEAREST)
+
+
+def _num_lines(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
+
+
+def _width(text: str) -> float:
+    """Of text of size 9, in inches."""
+    return max(TextPath((0, 0), line, size=9).get_extents().width if line else 0.0 for line in text.split("\n")) / 72
+
+
+def save_grid(images: np.ndarray, path: str | Path, row_names: Sequence[str] | None = None, title: str = "") -> None:
+    """`save_panels` of one panel."""
+    save_panels([Panel(images, row_names, title)], path)
+
+
+def save_panels(panels: Sequence[Panel], path: str | Path, file_format: str = "png") -> None:
+    """Writes panels, one above another, as a PNG or, with `file_format` "jpg", as a smaller JPEG."""
     dpi = 100
-    name_width = 0.072 * max(map(len, row_names)) + 0.15 if row_names else 0.05
-    title_height = 0.35 if title else 0.05
-    figure_size = (name_width + size[0] / dpi, title_height + size[1] / dpi)
-    figure = plt.figure(figsize=figure_size, dpi=dpi)
-    share = (size[0] / dpi / figure_size[0], size[1] / dpi / figure_size[1])
-    axes = figure.add_axes((name_width / figure_size[0], 0, *share))
-    axes.imshow(sheet, interpolation="none", aspect="auto")
-    axes.set_axis_off()
-    if title:
-        figure.text(name_width / figure_size[0], 1 - 0.12 / figure_size[1], title, va="top", fontsize=9, color="0.25")
-    for row, name in enumerate(row_names or []):
-        y = share[1] * (1 - (row + 0.5) / rows)
-        figure.text((name_width - 0.08) / figure_size[0], y, name, ha="right", va="center", fontsize=9)
-    figure.savefig(path, dpi=dpi, format="png")
+    sheets = [panel.sheet() for panel in panels]
+    names = [_width(name) for panel in panels for name in panel.row_names or []]
+    name_width = max(names) + 0.2 if names else 0.05
+    width = name_width + max(max(sheet.width / dpi, _width(p.title)) for p, sheet in zip(panels, sheets, strict=True))
+    height = sum(panel.head + sheet.height / dpi for panel, sheet in zip(panels, sheets, strict=True))
+    figure, top = plt.figure(figsize=(width, height), dpi=dpi), height
+    for panel, sheet in zip(panels, sheets, strict=True):
+        rows, columns = panel.images.shape[:2]
+        if panel.title:
+            figure.text(name_width / width, (top - 0.12) / height, panel.title, va="top", fontsize=9, color="0.25")
+        top -= panel.head
+        for column, name in enumerate(panel.column_names or []):
+            x = name_width + (column + 0.5) * sheet.width / columns / dpi
+            figure.text(x / width, (top + 0.02) / height, name, ha="center", va="bottom", fontsize=7.5)
+        bottom = top - sheet.height / dpi
+        axes = figure.add_axes(
+            (name_width / width, bottom / height, sheet.width / dpi / width, sheet.height / dpi / height)
+        )
+        axes.imshow(sheet, interpolation="none", aspect="auto")
+        axes.set_axis_off()
+        for row, name in enumerate(panel.row_names or []):
+            y = top - (row + 0.5) * sheet.height / rows / dpi
+            figure.text((name_width - 0.08) / width, y / height, name, ha="right", va="center", fontsize=9)
+        top = bottom
+    options = {"quality": 85} if file_format == "jpg" else {"optimize": True}
+    figure.savefig(path, dpi=dpi, format=file_format, pil_kwargs=options)
     plt.close(figure)
 
 

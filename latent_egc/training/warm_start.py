@@ -26,7 +26,8 @@ def load_initial_weights(model: EnergyModel, source: str) -> None:
     """
     try:
         place, subfolder = Path(source).expanduser(), None
-        if not (place / "config.json").is_file():
+        # An exported pipeline has a config.json too, transformers'.
+        if (place / "model_index.json").is_file() or not (place / "config.json").is_file():
             place, subfolder = resolve_pipeline(source), "energy_model"
         other = type(model).from_pretrained(place, subfolder=subfolder)
     except (OSError, ValueError, RuntimeError) as error:

@@ -20,6 +20,7 @@ from tiny_runs import run_values
 
 from latent_egc import EGCPipeline, commands
 from latent_egc.config import Config, load_config, parse_dataclass
+from latent_egc.exchange.export import export
 from latent_egc.measuring.study import EVALUATION, PROBING, EvaluationSettings, ProbeSettings
 from latent_egc.training.build import resolve_model
 
@@ -32,7 +33,7 @@ PIPELINES = {"runs/my": 3, "runs/other": 3, "runs/quickstart": 10, "runs/earlier
 
 
 # No call takes more than so many of these, whatever the page says.
-MOST = {"num_inference_steps": 4, "n": 20, "n0": 10}
+MOST = {"num_inference_steps": 4, "num_steps": 4, "n": 20, "n0": 10}
 
 
 def blocks(page, language):
@@ -58,6 +59,7 @@ def stand_ins(tmp_path_factory):
         own = "imagenet256" if name == "." else "pipeline"
         pipeline = tiny_pipeline(names=names, num_classes=num_classes, class_embedding=name == ".")
         pipeline.save_pretrained(folder / name / own)
+    export(folder / "runs" / "quickstart", folder / "exported")
     for name in ("photo", "other", "mask"):
         Image.new("RGB", (8, 8), "grey").save(folder / f"{name}.png")
     (folder / "photos").mkdir()
@@ -123,7 +125,7 @@ def test_every_verb_is_on_the_page_of_commands():
 
 def known(words, given):
     """Whether a command line can be given; what our own parser makes of it is then in `given`."""
-    if not words or words[0] == "export" or "SLURM_JOB_NODELIST" in " ".join(words):
+    if not words or words[0] in ("export", "hf") or "SLURM_JOB_NODELIST" in " ".join(words):
         return True
     if words[0] == "make":
         return set(words[1:]) <= set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())

@@ -121,8 +121,11 @@ def test_contents_and_model_card(tmp_path):
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert names == {
         "README.md",
+        "config.json",
+        "image_classification.py",
         "model_index.json",
         "pipeline_egc.py",
+        "preprocessor_config.json",
         "samples.png",
         "energy_model/config.json",
         "energy_model/diffusion_pytorch_model.safetensors",
@@ -132,7 +135,13 @@ def test_contents_and_model_card(tmp_path):
         "vae/diffusion_pytorch_model.safetensors",
     }
     card = (folder / "README.md").read_text()
-    for part in ("library_name: diffusers", "validation_accuracy | 0.875", "num_inference_steps=7", "backbone: unet"):
+    for part in (
+        "library_name: diffusers",
+        "validation_accuracy | 0.875",
+        "num_inference_steps=7",
+        "backbone: unet",
+        "(image, pool=True)",
+    ):
         assert part in card
     assert "0.625" not in card  # an earlier evaluation
     assert str(tmp_path) not in card

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from latent_egc.training.checkpoints import read_metrics
-from latent_egc.training.figures import sample_rows, save_curves, save_grid
+from latent_egc.training.figures import Panel, sample_rows, save_curves, save_grid, save_panels
 
 COLOURS = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [1, 0, 1], [1, 1, 0]]], dtype=np.float32)
 
@@ -53,6 +53,27 @@ def test_grid_keeps_every_pixel_of_an_image(tmp_path):
         for x in range(picture.shape[1] - 63)
     ]
     assert min(errors) <= 1
+
+
+def test_panels_stand_one_above_another_and_their_names_are_inside(tmp_path):
+    """The second panel is below the first, both begin at the same place, right of the widest name."""
+    wide = np.broadcast_to(COLOURS[:1, :, None, None], (1, 3, 64, 64, 3))
+    narrow = np.broadcast_to(COLOURS[1:, :1, None, None], (1, 1, 64, 64, 3))
+    name = "WWWWWWWWWWWW\nsecond line"
+    panels = [Panel(wide, None, "title", ["a", "b\nc", "d"]), Panel(narrow, [name], "a title wider than its image")]
+    save_panels(panels, tmp_path / "picture.jpg", "jpg")
+    with Image.open(tmp_path / "picture.jpg") as image:
+        assert image.format == "JPEG"
+    save_panels(panels, tmp_path / "picture.png")
+    picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
+    corners = []
+    for colour in (COLOURS[0, 0], COLOURS[1, 0]):
+        ys, xs = np.nonzero((np.abs(picture / 255 - colour) < 0.02).all(axis=-1))
+        corners.append((ys.min(), xs.min()))
+    assert corners[1][0] >= corners[0][0] + 64
+    assert abs(corners[0][1] - corners[1][1]) <= 1
+    assert corners[0][0] > 40  # the title, and two lines of names
+    assert picture[:, :2].min() == 255  # no name is cut off
 
 
 def test_rows_are_the_classes_and_equal_seeds_the_same_noise():

@@ -4,7 +4,6 @@ A scheduler's step is one evaluation, a forward and a backward pass; Heun's take
 chooses: the fewest evaluations whose Frechet distance is at most 5 % above the smallest of all.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.results import Figure, Metric, SuiteResult, Table
 from latent_egc.measuring.sample_quality import InstrumentSettings, Quality, SampleQuality, sample_images
-from latent_egc.pipelines.schedulers import SOLVERS, solver
+from latent_egc.pipelines.schedulers import SOLVERS, solver, steps_within
 
 TOLERANCE = 0.05  # of the smallest Frechet distance, by which the chosen one's may be larger
 OWN = "the pipeline's own"
@@ -60,7 +59,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     shown: list[torch.Tensor] = []
     try:
         for name, pipeline.scheduler in schedulers.items():
-            for steps, evaluations in _steps(pipeline.scheduler, settings.num_evaluations).items():
+            for steps, evaluations in steps_within(pipeline.scheduler, settings.num_evaluations).items():
                 samples = sample_images(
                     context,
                     len(labels),
@@ -107,18 +106,6 @@ def _schedulers(settings: Settings, own: SchedulerMixin) -> dict[str, SchedulerM
         return {OWN: own, **{name: solver(name, own) for name in settings.solvers}}
     except ValueError as error:
         raise ConfigError(f"solvers.solvers: {error}") from error
-
-
-def _steps(scheduler: SchedulerMixin, budgets: Sequence[int]) -> dict[int, int]:
-    """Numbers of steps -> evaluations that they take: the most steps within each budget that allows any."""
-    scheduler, found = copy.deepcopy(scheduler), {}
-    for budget in sorted(budgets):
-        for steps in range(budget, 0, -1):
-            scheduler.set_timesteps(steps)
-            if len(scheduler.timesteps) <= budget:
-                found[steps] = len(scheduler.timesteps)
-                break
-    return found
 
 
 def chosen(ways: Sequence[Solved], found: Sequence[Quality]) -> int:

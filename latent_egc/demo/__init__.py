@@ -1,0 +1,1 @@
+"""The demo in a browser: what a network does with images, tried by hand."""
