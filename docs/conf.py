@@ -28,9 +28,7 @@ highlight_language = "text"  # of blocks that name no language: formulas and tre
 # A page that the list names and a checkout has not is left out; one that it does not name is a warning.
 suppress_warnings = ["toc.excluded", "toc.not_readable"]
 exclude_patterns = ["_build"]
-exclude_patterns += [
-    f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING") if not (ROOT / f"{name}.md").exists()
-]
+exclude_patterns += [f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING") if not (ROOT / f"{name}.md").exists()]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
