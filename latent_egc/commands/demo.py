@@ -1,7 +1,7 @@
 """Open a page in the browser: classify, generate, edit and explore with one network.
 
-example: latent-egc demo
-         latent-egc demo runs/my --port 7861
+example: latent-egc demo runs/my --port 7861
+         latent-egc demo
          latent-egc demo USER/NAME --space my_space
 
 Without a pipeline it opens the digits of the quickstart in runs/quickstart, and trains them first if there are none.

@@ -22,9 +22,10 @@ from latent_egc.demo.network import (
     read_upload,
 )
 
-MAX_FILE_SIZE, MAX_WAITING = "20mb", 16
+MAX_FILE_SIZE, MAX_WAITING = "20mb", 16  # of an upload; calls in the queue
 CANVAS = 320  # pixels, of the drawing board
 ANY_CLASS = -1
+ONE_AT_A_TIME = {"concurrency_id": "network", "concurrency_limit": 1}  # of all that compute
 GALLERY = {"show_label": False, "height": "auto", "format": "png", "object_fit": "contain", "buttons": ["download"]}
 COLOURS = {THIS_IMAGE: "#4f46e5", LOW: "#cbd5e1", HIGH: "#94a3b8"}
 STYLE = """
@@ -60,8 +61,7 @@ def launch(network: Network, title: str, host: str = "127.0.0.1", port: int | No
     # Pillow's own limit, beyond which no file is decoded, drawings too; gradio reads them before we see them.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # an error comes at twice as many
     page = build(network, title)
-    # One computes, few wait: the network is one, and so is the machine.
-    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    page.queue(max_size=MAX_WAITING)
     page.launch(
         server_name=host,
         server_port=port,
@@ -128,24 +128,35 @@ def _classify_tab(network: Network) -> None:
         found = network.classify(picture)
         return found.probabilities, _meter(found.energy, found.percentile, network)
 
-    options = {"outputs": [label, energy], "show_progress": "hidden", "trigger_mode": "always_last"}
-    image.change(_shown(lambda path: classify(_opened(path))), image, **options)
-    drawing.input(_shown(lambda drawn: classify(drawn and drawn["composite"])), drawing, **options)
+    def classify_upload(path: str | None) -> tuple[dict[str, float] | None, str]:
+        return classify(path and read_upload(path))
+
+    def classify_drawing(drawn: dict[str, Any] | None) -> tuple[dict[str, float] | None, str]:
+        return classify(drawn and drawn["composite"])
+
+    options = {"outputs": [label, energy], "show_progress": "hidden", "trigger_mode": "always_last"} | ONE_AT_A_TIME
+    image.change(_shown(classify_upload), image, **options)
+    drawing.input(_shown(classify_drawing), drawing, **options)
 
 
 def _generate_tab(network: Network) -> None:
-    names, interval = network.class_names, (0.0, 1.0)
+    names = network.class_names
     with gr.Row():
         with gr.Column(scale=2):
             chosen = gr.Dropdown(
-                _choices(names), value=list(range(min(4, len(names)))), multiselect=True, label="Classes",
-                info="none: any, without guidance", visible=bool(names), elem_id="classes",
-            )  # fmt: skip
+                _choices(names),
+                value=list(range(min(4, len(names)))),
+                multiselect=True,
+                label="Classes",
+                info="none: any, without guidance",
+                visible=bool(names),
+                elem_id="classes",
+            )
             each = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images of each class")
             scale = _scale_slider(network)
             with gr.Accordion("More", open=False):
-                low = gr.Slider(0, 1, value=interval[0], step=0.05, label="Guidance from noise level")
-                high = gr.Slider(0, 1, value=interval[1], step=0.05, label="... to noise level")
+                low = gr.Slider(0, 1, value=0, step=0.05, label="Guidance from noise level")
+                high = gr.Slider(0, 1, value=1, step=0.05, label="... to noise level")
                 steps = _steps_slider()
                 seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
             with gr.Row():
@@ -164,8 +175,8 @@ def _generate_tab(network: Network) -> None:
             yield list(zip(map(enlarged, images), captions, strict=True)), said
 
     inputs = [chosen, each, scale, low, high, steps, seed]
-    running = start.click(_shown(generate), inputs, [gallery, progress], show_progress="hidden", api_name="generate")
-    stop.click(None, cancels=running)
+    running = start.click(_shown(generate), inputs, [gallery, progress], show_progress="hidden", **ONE_AT_A_TIME)
+    stop.click(lambda: "stopped", None, progress, cancels=running)
 
 
 def _edit_tab(network: Network) -> None:
@@ -175,17 +186,25 @@ def _edit_tab(network: Network) -> None:
             brush = gr.Brush(default_size=36, colors=["#f472b6"], default_color="#f472b6", color_mode="fixed")
             canvas = {"canvas_size": (CANVAS, CANVAS), "transforms": (), "layers": False, "format": "png"}
             editor = gr.ImageEditor(
-                label="Image", type="pil", sources=("upload", "clipboard"),
-                brush=brush, height=430, elem_id="editor", **canvas,
-            )  # fmt: skip
+                label="Image",
+                type="pil",
+                sources=("upload", "clipboard"),
+                brush=brush,
+                height=430,
+                elem_id="editor",
+                **canvas,
+            )
             _example_button(network, editor, "edit-example")
             gr.Markdown("Draw over what shall be painted anew.", elem_classes="note")
         with gr.Column(scale=3):
             with gr.Row():
                 label = gr.Dropdown(
-                    [("any, or the second likeliest", ANY_CLASS), *_choices(names)], value=ANY_CLASS,
-                    label="Class that it shall become", visible=bool(names), elem_id="edit-class",
-                )  # fmt: skip
+                    [("any, or the second likeliest", ANY_CLASS), *_choices(names)],
+                    value=ANY_CLASS,
+                    label="Class that it shall become",
+                    visible=bool(names),
+                    elem_id="edit-class",
+                )
                 strength = gr.Slider(0.1, 1, value=0.8, step=0.05, label="Strength")
             with gr.Accordion("More", open=False):
                 scale, steps = _scale_slider(network), _steps_slider()
@@ -208,9 +227,9 @@ def _edit_tab(network: Network) -> None:
         return _pictures(network.counterfactual(_background(drawn), _class_or_any(class_id), near, strength, steps))
 
     outputs = [results, summary]
-    inpaint.click(_shown(run_inpaint), [editor, label, scale, steps, seed], outputs)
-    change.click(_shown(run_edit), [editor, label, strength, scale, steps], outputs)
-    flip.click(_shown(run_flip), [editor, label, near, strength, steps], outputs)
+    inpaint.click(_shown(run_inpaint), [editor, label, scale, steps, seed], outputs, **ONE_AT_A_TIME)
+    change.click(_shown(run_edit), [editor, label, strength, scale, steps], outputs, **ONE_AT_A_TIME)
+    flip.click(_shown(run_flip), [editor, label, near, strength, steps], outputs, **ONE_AT_A_TIME)
 
 
 def _explore_tab(network: Network) -> None:
@@ -230,9 +249,15 @@ def _explore_tab(network: Network) -> None:
                 y="energy", color="of", title=what, color_title="", color_map=COLOURS, elem_id="energies", **axes
             )
             chances = gr.LinePlot(
-                y="probability", color="class", y_lim=[0, 1], title="Class probabilities", color_title="",
-                elem_id="chances", visible=bool(network.class_names), **axes,
-            )  # fmt: skip
+                y="probability",
+                color="class",
+                y_lim=[0, 1],
+                title="Class probabilities",
+                color_title="",
+                elem_id="chances",
+                visible=bool(network.class_names),
+                **axes,
+            )
     gr.Markdown("**Nearest training images**, by the distance of latents", visible=at_hand)
     nearest = gr.Gallery(columns=6, visible=at_hand, elem_id="nearest", **GALLERY)
 
@@ -244,7 +269,7 @@ def _explore_tab(network: Network) -> None:
         near = [(enlarged(found), caption) for found, caption in network.nearest(picture)]
         return pandas.DataFrame(curves.energy), pandas.DataFrame(curves.probabilities), near
 
-    image.change(_shown(explore), image, [energy, chances, nearest], trigger_mode="always_last")
+    image.change(_shown(explore), image, [energy, chances, nearest], trigger_mode="always_last", **ONE_AT_A_TIME)
 
 
 # --- parts of them --------------------------------------------------------------------------------------------------
@@ -278,9 +303,16 @@ def _drawing_board(network: Network) -> gr.ImageEditor:
     brush = gr.Brush(default_size=30, colors=["#ffffff", "#9ca3af", "#000000"], default_color="#ffffff")
     board = {"canvas_size": (CANVAS, CANVAS), "fixed_canvas": True, "transforms": (), "layers": False, "format": "png"}
     return gr.ImageEditor(
-        value=Image.new("RGB", (CANVAS, CANVAS)), label="Drawing", type="pil", image_mode="RGB", sources=("upload",),
-        brush=brush, height=400, elem_id="drawing", **board,
-    )  # fmt: skip
+        value=Image.new("RGB", (CANVAS, CANVAS)),
+        label="Drawing",
+        type="pil",
+        image_mode="RGB",
+        sources=("upload",),
+        brush=brush,
+        height=400,
+        elem_id="drawing",
+        **board,
+    )
 
 
 def _scale_slider(network: Network) -> gr.Slider:
@@ -309,10 +341,6 @@ def _meter(energy: float, percentile: float | None, network: Network) -> str:
     said += f", above that of {percentile:.0f} % of {count:,} training images"
     mark = f'<div class="meter"><span style="left: {percentile:.1f}%"></span></div>'
     return f'<div>{said}{mark}<div class="ends"><span>likely</span><span>unlikely</span></div></div>'
-
-
-def _opened(path: str | None) -> Image.Image | None:
-    return None if path is None else read_upload(path)
 
 
 def _background(drawn: dict[str, Any] | None) -> Image.Image:

@@ -13,6 +13,8 @@ import httpx  # gradio brings it
 
 from latent_egc.demo.interface import MAX_WAITING, build, launch
 
+COMPUTING = ("classify_upload", "classify_drawing", "generate", "run_inpaint", "run_edit", "run_flip", "explore")
+
 
 def parts(page) -> set[str]:
     """The elem_ids of what can be seen."""
@@ -58,7 +60,9 @@ def test_it_listens_at_this_machine_alone_and_lets_few_wait(page):
     assert page.share_url is None
     assert not page.analytics_enabled
     assert page._queue.max_size == MAX_WAITING
-    assert page._queue.default_concurrency_limit == 1
+    computing = [call for call in page.fns.values() if call.name in COMPUTING]
+    assert {call.name for call in computing} == set(COMPUTING)
+    assert {(call.concurrency_id, call.concurrency_limit) for call in computing} == {("network", 1)}
 
 
 def test_no_file_of_this_machine_is_served(page, tmp_path, monkeypatch):
