@@ -119,7 +119,7 @@ def _commands(found: "Inspection", proposal: "Proposal") -> list[str]:
     labelled = proposal.config.model["num_classes"] is not None
     classes = [shlex.quote(label) for label, count in found.class_counts.items() if count][:2]
     shown = f" --classes {' '.join(classes)}" if labelled else ""
-    suites = "classification,generation" if labelled else "generation"
+    suites = "classification,calibration" if labelled else "generation --features facebook/dinov2-base"
     commands = {
         "latent-egc encode my.yaml": "once; it goes on where it was stopped",
         "accelerate launch -m latent_egc train my.yaml": "training.resume=auto goes on after a stop",

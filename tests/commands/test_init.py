@@ -41,12 +41,16 @@ def test_the_commands_that_it_names_run(tmp_path, capsys):
     assert main(["train", "my.yaml", "--dry-run"]) == 0
     small = ["training.max_steps=1", "training.trackers=[]", "data.num_views=1", "sampling.num_images_per_label=1"]
     small += ["sampling.num_inference_steps=1", "model.block_out_channels=[32]"]
-    encode, train, *_ = [line.split("  # ")[0].split() for line in err[err.index("Next, ") :].splitlines()[1:]]
+    lines = err[err.index("Next, ") :].splitlines()[1:]
+    encode, train, evaluate, _, export = (line.split("  # ")[0].split() for line in lines)
     assert encode == ["latent-egc", "encode", "my.yaml"]
     assert main([*encode[1:], *small]) == 0
     assert train == ["accelerate", "launch", "-m", "latent_egc", "train", "my.yaml"]
     assert main([*train[4:], *small]) == 0
     assert (tmp_path / "runs" / "photos16" / "pipeline" / "model_index.json").is_file()
+    assert main([*evaluate[1:], "--set", "num_resamples=10"]) == 0
+    assert (tmp_path / "runs" / "photos16" / "evaluation" / "report.html").is_file()
+    assert main(export[1:]) == 0
 
 
 def test_a_proposal_is_what_it_says_whatever_the_names(tmp_path, capsys):
