@@ -182,8 +182,8 @@ def timestep_sampling(config: Config) -> TimestepSampling | None:
     keys = ("timestep_log_normal", "classification_log_normal", "low_discrepancy_timesteps")
     if not any(getattr(config.objective, key) for key in keys):
         return None
-    schedule = [config.model[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")]
-    alphas_cumprod = noise_schedule(*schedule, torch.float64).numpy()
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    alphas_cumprod = noise_schedule(**{key: config.model[key] for key in keys}, dtype=torch.float64).numpy()
     return TimestepSampling(config.objective, alphas_cumprod, config.training.seed)
 
 

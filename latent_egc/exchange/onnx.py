@@ -21,7 +21,7 @@ from latent_egc.pipelines import EGCPipeline
 
 
 class Classifier(nn.Module):
-    """What is exported, of a pipeline with classes; its networks are this module's own, so that it has their weights."""
+    """What is exported, of a pipeline with classes; the networks are its own parts, so that it has their weights."""
 
     def __init__(self, pipeline: EGCPipeline) -> None:
         super().__init__()
@@ -60,8 +60,9 @@ def export_onnx(pipeline: EGCPipeline, folder: Path) -> Path:
         warnings.simplefilter("ignore")  # of torch's own parts about each other
         classifier = Classifier(pipeline).eval()
         graph = torch.export.export(classifier, (pixel_values,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        names = {"input_names": ["pixel_values"], "output_names": ["logits", "energy"]}
-        program = torch.onnx.export(graph, dynamo=True, verbose=False, **names)
+        program = torch.onnx.export(
+            graph, input_names=["pixel_values"], output_names=["logits", "energy"], dynamo=True, verbose=False
+        )
     program.model.metadata_props["id2label"] = json.dumps(pipeline.id2label)
     replace_folder(folder, lambda unfinished: program.save(unfinished / "classifier.onnx"))
     return folder / "classifier.onnx"

@@ -1,7 +1,7 @@
 """Where a pipeline comes from: its run and step, its folder or its Hub id; and what is written there of it.
 
-What was measured is read where it was written down: a run's metrics.jsonl and the report of `latent-egc evaluate` in its
-folder, or the model card of an exported folder or a repository of the Hub.
+What was measured is read where it was written down: a run's metrics.jsonl and the report of `latent-egc evaluate` in
+its folder, or the model card of an exported folder or a repository of the Hub.
 """
 
 import json

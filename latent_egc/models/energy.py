@@ -31,7 +31,7 @@ from .weights import check_loaded
 NULL_LABEL = -1
 
 
-def _repeated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _repeated(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
