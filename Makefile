@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-compiler test-faults test-demo gpu-check lint docs
+.PHONY: quickstart test test-compiler test-faults test-demo gpu-check lint docs dist
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,9 +35,19 @@ test-demo: $(VENV)/installed
 gpu-check: $(VENV)/installed
 	$(BIN)/python -m latent_egc.measuring.gpu_check
 
+# mypy looks at the package as it is installed, with pipelines/ in it: build/typed/ shows it so, by links.
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/typed/latent_egc
+	ln -sfn $(CURDIR)/latent_egc/* $(CURDIR)/pipelines build/typed/latent_egc/
+	$(BIN)/mypy
+
+# What a release uploads, into dist/: a wheel, and an sdist from which the tests run.
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 # The site into docs/_build/html; a warning is an error.
 docs: $(VENV)/installed

@@ -25,7 +25,7 @@ __all__ = [
     "EnergyOutput",
     "either_of",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

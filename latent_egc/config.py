@@ -321,7 +321,7 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a section, got {value!r}")
         return dict(value)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return parse_dataclass(annotation, {} if value is None else value, name)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

@@ -208,7 +208,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: f
         label_smoothing: in [0, 1); the smoothed one-hot labels are what is mixed, as in timm.
     """
     if labels.ndim == 1:
-        options = {"ignore_index": UNLABELLED, "label_smoothing": label_smoothing, "reduction": "none"}
+        options: dict[str, Any] = {"ignore_index": UNLABELLED, "label_smoothing": label_smoothing, "reduction": "none"}
         return F.cross_entropy(logits, labels, **options)
     smoothed = (1 - label_smoothing) * labels + label_smoothing * labels.mean(dim=1, keepdim=True)
     return -(smoothed * F.log_softmax(logits, dim=1)).sum(dim=1)

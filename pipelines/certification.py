@@ -198,7 +198,7 @@ class CertifyingPipeline(EnergyPipeline):
                         said = read(clean, draws).argmax(dim=1).cpu()
                         votes[stage, i] += said.bincount(minlength=num_classes)
                         progress_bar.update(len(draws))
-                certificates.append(certificate(*votes[:, i], sigma, alpha))
+                certificates.append(certificate(votes[0, i], votes[1, i], sigma, alpha))
         self.maybe_free_model_hooks()
         label_ids, radius = zip(*certificates, strict=True)
         return EGCCertificationOutput(

@@ -31,7 +31,7 @@ def checked_corrector(
             f"corrector: {name} steps from latents of its own memory, and would forget what a corrector did; use "
             "DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler for example"
         )
-    return corrector if callable(corrector) else Corrector(corrector)
+    return corrector if callable(corrector) else Corrector(corrector)  # type: ignore[arg-type]  # it says which it knows
 
 
 class Correction:

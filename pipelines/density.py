@@ -1,6 +1,7 @@
 """The density of images: by the flow of the energy, with an error, or where it was trained for it, in one pass."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -81,7 +82,7 @@ class DensityPipeline(EnergyPipeline):
         check_start(generator, None, num_images, (None, None))
         batch_size = batch_size or self._default_image_batch_size()
         starts = range(0, num_images, batch_size)
-        found = []
+        found: list[Sequence[torch.Tensor]] = []
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             rows = slice(start, start + batch_size)
             latents = self.encode(pixel_values[rows].to(device))

@@ -47,6 +47,7 @@ class EnergyPipeline(SelfContainedPipeline):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
     model_cpu_offload_seq = "energy_model->vae"
+    _guidance_scale: GuidanceScale
 
     def __init__(
         self,

@@ -88,7 +88,8 @@ def _height_and_width(image: Any) -> tuple[int, int]:
     """Of one image, upright."""
     if hasattr(image, "convert"):
         return load_rgb(image).size[::-1]
-    return tuple(image.shape[-2:]) if torch.is_tensor(image) else tuple(image.shape[:2])
+    height, width = image.shape[-2:] if torch.is_tensor(image) else image.shape[:2]
+    return height, width
 
 
 def load_rgb(image: Any) -> Any:

@@ -221,7 +221,7 @@ class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, Editin
             labels, select_by: (N,), see `candidate_scores`.
             call: see `_own_call`.
         """
-        candidates = []
+        candidates: list[EGCSampleOutput] = []
         while len(candidates) < num_candidates and not (call.interrupt or self.interrupt):
             candidates.append(draw())
         if (call.interrupt or self.interrupt) and len(candidates) > 1:

@@ -122,7 +122,10 @@ def set_timesteps(
     for name in given:
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{type(scheduler).__name__} takes no {name}; leave it out, or use another scheduler")
-    scheduler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}), device=device)
+    if given:
+        scheduler.set_timesteps(**given, device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps=num_inference_steps, device=device)
 
 
 def last_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, strength: float) -> torch.Tensor:

@@ -25,8 +25,8 @@ class SelfContainedPipeline(DiffusionPipeline):
     # before anything is downloaded; the energy network's must stay until then, or the Hub's listing would not fit it.
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str) -> dict[str, Any]:
-        config = super()._dict_from_json_file(json_file)
+    def _dict_from_json_file(cls, json_file: str, **options: Any) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file, **options)  # older versions of diffusers have one
         if _in_package() and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][1]
         return config

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.util import find_spec, resolve_name
 
@@ -161,16 +162,32 @@ def test_every_promise_names_a_test_that_there_is():
 
 
 @pytest.mark.skipif(find_spec("build") is None, reason="needs the package build")
-def test_wheel_holds_only_latent_egc(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+def test_wheel_holds_only_latent_egc_and_the_sdist_its_tests(tmp_path):
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("tests", "configs", "docs", "examples", "experiments")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    kept = {str(path.relative_to(ROOT)) for path in files if not {"__pycache__", "_build"} & {*path.parts}}
+    kept |= {"train.py", "Makefile", "constraints.txt", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
+    assert kept <= held
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"latent_egc"}
     assert {f"{name.replace('.', '/')}.py" for name in SOURCES} <= names
-    for asset in ("measuring/report.html.j2", "assets/digits_vae/config.json", "assets/digits.yaml"):
+    for asset in ("py.typed", "measuring/report.html.j2", "assets/digits_vae/config.json", "assets/digits.yaml"):
         assert f"latent_egc/{asset}" in names
     assert "latent_egc/assets/digits_vae/diffusion_pytorch_model.safetensors" in names
+
+
+def test_every_place_names_the_same_version():
+    import latent_egc
+
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", citation, flags=re.MULTILINE)[1] == latent_egc.__version__
+    assert f"\n## {latent_egc.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_public_names():

@@ -30,17 +30,32 @@ VERBS = (
     "convert",
     "benchmark",
 )
+# They run as printed in an empty folder, one after the other, and download nothing.
+FIRST_COMMANDS = """\
+To begin, on scikit-learn's digits; a folder of photographs in their place does as well:
+
+  latent-egc init digits --autoencoder digits_vae > digits.yaml
+  latent-egc train digits.yaml data.latent_cache=null "model.block_out_channels=[32, 64]"
+  latent-egc sample runs/digits32 --classes 3 8 --output samples
+  latent-egc classify runs/digits32 samples
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; errors that a user can mend are printed without a traceback and give exit status 2."""
     parser = argparse.ArgumentParser(
-        prog="latent-egc", description="Train, sample and classify with one energy network in an autoencoder's latents."
+        prog="latent-egc",
+        description="Train, sample and classify with one energy network in an autoencoder's latents.",
+        epilog=FIRST_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest="name", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="name", metavar="VERB")
     for name in VERBS:
         _add_verb(name, verbs.add_parser(name, help=_module(name).__doc__.partition("\n\n")[0]))
-    return _run(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        parser.exit(2, f"{parser.format_usage()}\n{FIRST_COMMANDS}")
+    return _run(options)
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,20 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Within it, diffusers draws no bars of the components that it loads; those of downloads stay."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_pipeline(name: str, device: str | None = None) -> "EGCPipeline":
     """The pipeline that a name means, on a device.
 
@@ -114,7 +129,8 @@ def load_pipeline(name: str, device: str | None = None) -> "EGCPipeline":
 
     device, source = device_name(device), resolve_pipeline(name)
     try:
-        pipeline = EGCPipeline.from_pretrained(source)
+        with without_loading_bars():
+            pipeline = EGCPipeline.from_pretrained(source)
     except Exception as error:  # diffusers has no common error for a folder with a damaged file
         what = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"the pipeline {source} cannot be loaded: {what}") from error

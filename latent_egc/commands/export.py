@@ -1,22 +1,35 @@
 """Write one self-contained folder for the Hugging Face Hub: weights, code, model card.
 
 example: latent-egc export runs/quickstart exported --push-to-hub USER/NAME
+         latent-egc export runs/quickstart classifier --onnx
 """
 
 import argparse
 from pathlib import Path
+
+from latent_egc.commands.arguments import load_pipeline, without_loading_bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to export, and where to."""
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("folder", type=Path, help="the folder to write; must not exist or be empty")
-    parser.add_argument("--push-to-hub", metavar="REPO", default=None, help="upload the folder to this repository")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--push-to-hub", metavar="REPO", default=None, help="upload the folder to this repository")
+    what.add_argument(
+        "--onnx", action="store_true", help="only FOLDER/classifier.onnx: pixels to logits and energy (extra onnx)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Writes the folder and uploads it where that is asked for."""
+    if options.onnx:
+        from latent_egc.exchange.onnx import export_onnx
+
+        print(f"exported to {export_onnx(load_pipeline(options.run, 'cpu'), options.folder)}")
+        return
     from latent_egc.exchange.export import export
 
-    export(options.run, options.folder, push_to_hub=options.push_to_hub)
+    with without_loading_bars():
+        export(options.run, options.folder, push_to_hub=options.push_to_hub)
     print(f"exported to {options.folder}" + (f" and {options.push_to_hub}" if options.push_to_hub else ""))

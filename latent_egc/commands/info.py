@@ -1,4 +1,4 @@
-"""Say what a pipeline holds.
+"""Say what a pipeline holds, where it comes from, what was measured of it, and its licence.
 
 example: latent-egc info runs/quickstart
 """
@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints a line a fact."""
+    from latent_egc.exchange.origin import find_origin
+
     pipeline = load_pipeline(options.pipeline, "cpu")
+    origin = find_origin(options.pipeline)
     model, vae = pipeline.energy_model, pipeline.vae
     names = list(pipeline.id2label.values())
     autoencoder = "none, pixel space"
@@ -23,6 +26,7 @@ def run(options: argparse.Namespace) -> None:
         autoencoder = f"{type(vae).__name__}, {sum(p.numel() for p in vae.parameters()):,} parameters"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     config = model.config
+    print(f"from          {origin.place}")
     print(f"energy model  {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"head          {config.head}" + (", Gaussian part" if config.gaussian_part else ""))
     print(f"autoencoder   {autoencoder}")
@@ -32,3 +36,6 @@ def run(options: argparse.Namespace) -> None:
     print(f"guidance      {pipeline.config.default_guidance_scale:g} by default")
     schedule = f"{config.num_train_timesteps} timesteps, {config.beta_schedule}"
     print(f"scheduler     {type(pipeline.scheduler).__name__}, {schedule}")
+    for line in origin.measured or ["nothing that is written down there"]:
+        print(f"measured      {line}")
+    print(f"licence       {origin.license or 'not stated'}")

@@ -165,8 +165,8 @@ def timestep_sampling(config: Config) -> TimestepSampling | None:
     """What draws the timesteps of a run with a resolved model; None: `sample_draws`, as they are uniform."""
     if config.objective.timestep_log_normal is None:
         return None
-    schedule = [config.model[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")]
-    alphas_cumprod = noise_schedule(*schedule, torch.float64).numpy()
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    alphas_cumprod = noise_schedule(**{key: config.model[key] for key in keys}, dtype=torch.float64).numpy()
     probabilities = timestep_probabilities(alphas_cumprod, config.objective.timestep_log_normal)
     return TimestepSampling(probabilities, config.training.seed)
 

@@ -14,6 +14,7 @@ and for cotangents a, b, c of dq, dk, dv (double backward), with W = s (a k^T + 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -87,11 +88,11 @@ class _Attention(torch.autograd.Function):
             return torch.cat([_weights(q, key).to(value.dtype) @ value for (q,) in _chunks(query)], dim=-2)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return _AttentionBackward.apply(*ctx.saved_tensors, grad_output)
 
 
@@ -114,11 +115,11 @@ class _AttentionBackward(torch.autograd.Function):
             return torch.cat(grad_query, dim=-2), grad_key.to(dtype), grad_value.to(dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query, key, value, grad_output = ctx.saved_tensors
         scale, dtype = query.shape[-1] ** -0.5, query.dtype
         grad_query, grad_key, grad_value, grad_grad_output = [], 0.0, 0.0, []

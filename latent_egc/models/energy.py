@@ -31,7 +31,7 @@ from .weights import check_loaded
 NULL_LABEL = -1
 
 
-def _repeated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _repeated(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
@@ -228,7 +228,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ValueError: a shape, label or timestep does not fit this model.
         """
         timesteps = self._check_inputs(noisy_latents, timesteps)
-        num_rows, embedded_labels = len(noisy_latents), None
+        num_rows, embedded_labels = noisy_latents.shape[0], None
         if self.config.class_embedding:
             for labels in labels_seen:
                 if labels is not None:
@@ -357,7 +357,7 @@ class EnergyModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"noisy_latents' height and width must be divisible by {self.size_divisor}, got {height} x {width}"
             )
-        num_rows = len(noisy_latents)
+        num_rows = noisy_latents.shape[0]  # `len` would be a constant in an exported graph
         timesteps = torch.as_tensor(timesteps, device=noisy_latents.device)
         if timesteps.ndim == 0:
             timesteps = timesteps.expand(num_rows)

@@ -9,6 +9,7 @@ energies of different noise levels then start without h w log E alpha_t / sigma_
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ def logmeanexp(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 # How a head pools over channels or classes -> the function.
-ENERGY_POOLINGS = {"logsumexp": torch.logsumexp, "logmeanexp": logmeanexp}
+ENERGY_POOLINGS: dict[str, Callable[..., torch.Tensor]] = {"logsumexp": torch.logsumexp, "logmeanexp": logmeanexp}
 
 
 def map_energy(energy_map: torch.Tensor, pooling: str = "logsumexp") -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The noise schedule, and noising by it: z_t = alpha_t z_0 + sigma_t eps, alpha_t = sqrt(abar_t)."""
 
+from typing import Any
+
 import torch
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 
@@ -24,7 +26,7 @@ def noise_schedule(
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
     # The device is named so that a model built on the meta device (to count its parameters) still has its schedule.
-    options = {"dtype": dtype, "device": "cpu"}
+    options: dict[str, Any] = {"dtype": dtype, "device": "cpu"}
     if beta_schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, num_train_timesteps, **options)
     elif beta_schedule == "scaled_linear":

@@ -10,6 +10,7 @@ its backward pass 1 + 1 + 4, the forward's backward pass 1 + 2.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -96,13 +97,13 @@ class _Recomputed(torch.autograd.Function):
     """(inputs, parameters) -> output."""
 
     @staticmethod
-    def forward(ctx, block: _Block, *tensors: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, block: _Block, *tensors: torch.Tensor | None) -> torch.Tensor:
         ctx.block = block
         ctx.save_for_backward(*tensors)
         return block.function(*tensors[: block.num_inputs])
 
     @staticmethod
-    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = ctx.saved_tensors
         all_wanted = not (torch.is_grad_enabled() and _ONLY_INPUT_GRADIENTS)
         num_wanted = len(tensors) if all_wanted else ctx.block.num_inputs
@@ -115,7 +116,7 @@ class _RecomputedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, block: _Block, num_wanted: int, grad_output: torch.Tensor, *tensors: torch.Tensor | None
+        ctx: Any, block: _Block, num_wanted: int, grad_output: torch.Tensor, *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.block, ctx.num_wanted = block, num_wanted
         ctx.save_for_backward(grad_output, *tensors)
@@ -124,7 +125,7 @@ class _RecomputedBackward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         grad_output, *tensors = ctx.saved_tensors
         grad_output = grad_output.detach().requires_grad_()
         output, leaves = ctx.block(tensors)

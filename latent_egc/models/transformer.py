@@ -203,4 +203,4 @@ class EGCTransformer(EnergyModel):
         patch_size, (height, width) = self.config.patch_size, size
         grid = tokens.unflatten(1, (height // patch_size, width // patch_size))
         grid = grid.unflatten(3, (patch_size, patch_size, -1))  # (N, h', w', p, p, E)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height, width)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,15 @@ import pytest
 import torch
 import yaml
 from command_line import fails
+from fake_hub import serve
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from tiny import tiny_kl, tiny_pipeline
 
+import latent_egc.training.proposal
 from latent_egc import EGCPipeline
-from latent_egc.commands import VERBS, main, train_main
+from latent_egc.commands import FIRST_COMMANDS, VERBS, main, train_main
 from latent_egc.config import parse_config
 from latent_egc.pipelines.schedulers import solver
 from latent_egc.training.build import build_network
@@ -96,9 +102,29 @@ def test_help_lists_the_verbs(capsys):
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert all(verb in out for verb in VERBS)
+    assert FIRST_COMMANDS in out
+
+
+def test_without_a_verb_four_commands_are_shown_that_follow_from_each_other(tmp_path, monkeypatch, capsys):
+    """The first as printed, in an empty folder; the others with what takes minutes left out."""
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2
+    shown = capsys.readouterr().err
+    init, train, sample, classify = (line.strip() for line in shown.splitlines() if line.startswith("  latent-egc "))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latent_egc.training.proposal, "measure_step", lambda *arguments: 1.0)
+    monkeypatch.setattr(latent_egc.training.proposal, "measure_encoding", lambda *arguments: 1.0)
+    init, _, config_file = init.partition(" > ")
+    assert main(shlex.split(init)[1:]) == 0
+    Path(config_file).write_text(capsys.readouterr().out)
+    assert main([*shlex.split(train)[1:], "--dry-run"]) == 0
+    run = yaml.safe_load(capsys.readouterr().out)["output_dir"]
+    digits = tuple(str(digit) for digit in range(10))
+    tiny_pipeline(names=digits, num_classes=10).save_pretrained(f"{run}/pipeline")
+    assert main([*shlex.split(sample)[1:], "--steps=2", "--num-images-per-label=1"]) == 0
+    assert main(shlex.split(classify)[1:]) == 0
+    assert "row00_3_000.png" in capsys.readouterr().out
 
 
 def test_help_loads_no_torch():
@@ -307,6 +333,63 @@ def test_info(pipeline, tmp_path, capsys):
     out = capsys.readouterr().out
     for part in ("inner", "none, pixel space", "classes       none"):
         assert part in out
+
+
+def test_info_says_where_a_run_stands_what_was_measured_and_under_which_licence(pipeline, tmp_path, capsys):
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000003"
+    shutil.copytree(pipeline, run / "pipeline")
+    shutil.copytree(pipeline, checkpoint / "pipeline")
+    (checkpoint / "checkpoint.json").write_text('{"global_step": 3, "score": null}')
+    rows = [{"step": step, "validation_denoising_loss": 1 / step, "validation_denoising_loss_q1": 9} for step in (2, 4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 5, "loss": 1.0}]))
+    metric = {"value": 0.625, "interval": None, "percent": True}
+    (run / "evaluation").mkdir()
+    report = {"subject": {}, "suites": {"classification": {"metrics": {"top-1 accuracy": metric}}}}
+    (run / "evaluation" / "report.json").write_text(json.dumps(report))
+    (run / "config.yaml").write_text("sampling:\n  num_inference_steps: 7\n")
+
+    def info(name) -> str:
+        assert main(["info", str(name)]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""  # no bar of loaded components either
+        return captured.out
+
+    of_run = info(run)
+    assert f"from          run {run}, its last pipeline, step 5\n" in of_run
+    assert "measured      validation_denoising_loss 0.25 (metrics.jsonl, step 4)\n" in of_run
+    assert "measured      top-1 accuracy 62.50 % (classification, evaluation/report.json)\n" in of_run
+    assert "licence       not stated\n" in of_run
+    (run / "evaluation" / "report.json").write_text("[]")
+    assert "report.json is no report" in info(run)
+    of_checkpoint = info(checkpoint)
+    assert f"from          run {run}, checkpoint of step 3\n" in of_checkpoint
+    assert "validation_denoising_loss 0.5 (metrics.jsonl, step 2)" in of_checkpoint
+    assert "report.json" not in of_checkpoint
+    assert main(["export", str(run), str(tmp_path / "exported")]) == 0
+    assert capsys.readouterr().err == ""
+    card = tmp_path / "exported" / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: cc-by-4.0\n", 1))
+    of_folder = info(tmp_path / "exported")
+    assert f"from          folder {tmp_path / 'exported'}\n" in of_folder
+    assert "measured      validation_denoising_loss 0.25 (model card)\n" in of_folder
+    assert "licence       cc-by-4.0\n" in of_folder
+
+
+def test_info_asks_the_hub_for_the_card(pipeline, tmp_path, monkeypatch, capsys):
+    serve(pipeline, tmp_path / "downloaded", monkeypatch.setattr)
+    card = ModelCard("---\nlicense: mit\n---\n\n## Measured\n\n| validation_accuracy | 0.875 |\n\n## The run\n")
+    monkeypatch.setattr(ModelCard, "load", lambda name: card)
+    assert main(["info", "someone/digits"]) == 0
+    out = capsys.readouterr().out
+    for line in ("from          Hub id someone/digits", "measured      validation_accuracy 0.875", "licence       mit"):
+        assert line in out
+
+    def load(name):
+        raise EntryNotFoundError("no README.md")
+
+    monkeypatch.setattr(ModelCard, "load", load)
+    assert main(["info", "someone/digits"]) == 0
+    assert "licence       not stated" in capsys.readouterr().out
 
 
 # --- encode and train -----------------------------------------------------------------------------------------------

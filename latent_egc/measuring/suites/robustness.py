@@ -201,7 +201,13 @@ def _attacked(trial: Trial, attackers: dict[str, Attacker]) -> list[Line]:
     l2 = [Threat("l_2", eps) for eps in sorted(settings.l2_eps)]
 
     def add(
-        name: str, steps: int | str, restarts: int, loss: str, threats: list[Threat], method: Callable, count=None
+        name: str,
+        steps: int | str,
+        restarts: int,
+        loss: str,
+        threats: list[Threat],
+        method: Callable,
+        count: int | None = None,
     ) -> None:
         """A line for each threat, weaker ones first; `method` is one of `Attacker`'s."""
         tries, found = max(1, restarts), {}
