@@ -32,6 +32,7 @@ class MixtureEnergy(EnergyModel):
         num_classes: int | None = None,
         head: str = "map",
         energy_channels: int | None = 1,
+        energy_pooling: str = "logsumexp",
         gaussian_part: bool = False,
         class_embedding: bool = False,
         num_train_timesteps: int = 1000,

@@ -152,7 +152,7 @@ def test_a_set_drawn_otherwise_is_refused(tmp_path):
         ({"guidance_scale": 3.0}, r"guidance_scale=its default, asked for 3\.0"),
         ({"class_ids": [1]}, r"classes=\['cat'\], asked for \['dog'\]"),
         ({"num_images": 3}, "num_images=2, asked for 3"),
-        ({"as_npz": True}, "files='png', asked for 'samples.npz'"),
+        ({"as_npz": True}, "files=png, asked for samples.npz"),
         ({"pipeline": tiny_pipeline(randomise=False)}, "network="),
     ):
         arguments = {"pipeline": tiny_pipeline(), "num_images": 2, "class_ids": [0]} | DRAW | changes
