@@ -226,11 +226,12 @@ class CompiledForward:
     """
 
     def __init__(self, objective: EGCObjective, **options: Any) -> None:
-        self.plain = objective.forward
+        self.plain, self.model = objective.forward, objective.energy_model
         self.compiled = torch.compile(self.plain, fullgraph=True, dynamic=False, **options)
 
     def __call__(self, *arguments: Any, **named_arguments: Any) -> EGCLosses:
         """As `EGCObjective.forward`."""
+        _ = self.model.alphas_cumprod  # is kept; built while tracing, it would make the next call compile anew
         try:
             with (
                 # DDP would have the graph split by its gradient buckets, and a part cannot be differentiated twice.

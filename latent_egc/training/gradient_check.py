@@ -126,7 +126,9 @@ def _plain_gradients(
 ) -> dict[str, torch.Tensor]:
     """`_gradients` by the class's own forward in float32, a few rows at a time: losses are means over rows."""
     model, num_rows = objective.energy_model, len(inputs["latents"])
-    recomputing, model.gradient_checkpointing = model.gradient_checkpointing, False
+    recomputing = model.gradient_checkpointing
+    if recomputing:  # set only then: a compiled step would see a changed attribute, and compile anew
+        model.disable_gradient_checkpointing()
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     # The clean branch may see fewer rows; in every part the same share of them.
     clean = Fraction(len(inputs.get("clean_latents", inputs["latents"])), num_rows)
@@ -141,5 +143,6 @@ def _plain_gradients(
             for name, gradient in _gradients(losses.loss, parameters).items():
                 total[name] += share * gradient
     finally:
-        model.gradient_checkpointing = recomputing
+        if recomputing:
+            model.enable_gradient_checkpointing()
     return total

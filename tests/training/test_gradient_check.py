@@ -60,11 +60,16 @@ def test_recomputing_and_compiled_steps_pass(objective):
     assert objective.energy_model.gradient_checkpointing
 
 
-def test_a_compiled_step_passes():
+def test_a_compiled_step_passes_and_is_not_compiled_again_for_training():
     model = TINY_BACKBONES["transformer"](num_layers=1, sample_size=8)
     objective = EGCObjective(model, 0.5)
     objective.forward = CompiledForward(objective, backend="aot_eager")
-    assert check_gradients(objective, inputs(), Accelerator(cpu=True)) < 1e-5
+    accelerator = Accelerator(cpu=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert check_gradients(objective, inputs(), accelerator) < 1e-5
+        prepared = accelerator.prepare(objective)
+        for _ in range(2):
+            prepared(**inputs()).loss.backward()
 
 
 def test_bf16_passes_where_the_convolution_is_right_and_is_refused_where_it_is_not(objective):
