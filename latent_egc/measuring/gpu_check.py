@@ -34,9 +34,9 @@ PARTS = {
     "transformer_speed": 120,
     "memory": 110,
     "unet_speed": 100,
-    "compiled_speed": 200,
-    "compiled_parity": 200,
-    "training": 120,
+    "compiled_speed": 100,
+    "training": 180,
+    "compiled_parity": 240,
 }
 SMALLEST_REST = 5.0  # seconds; with less left of the budget no part is begun
 LONGEST_EXIT = 15.0  # seconds that a process may take to end after its last row
