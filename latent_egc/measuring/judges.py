@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 
 from latent_egc.config import ConfigError
 from latent_egc.data.sources import ImageTable
@@ -19,14 +22,20 @@ from latent_egc.measuring import feature_extractors
 from latent_egc.measuring.context import EvaluationContext
 from latent_egc.measuring.feature_extractors import Extractor
 
+PIXELS_SIZE = 8  # of the images that `pixel_judge` sees
+
 
 @dataclass(frozen=True)
 class Judge:
-    """A named classifier: images (N, 3, H, W) uint8 to class ids (N,)."""
+    """A named classifier."""
 
     name: str  # as it stands in the metrics' names
-    predict: Callable[[torch.Tensor], np.ndarray]
+    scores: Callable[[torch.Tensor], np.ndarray]  # images (N, 3, H, W) uint8 to (N, K), the higher the likelier
     note: str | None = None  # how it was made
+
+    def predict(self, images: torch.Tensor) -> np.ndarray:
+        """Class ids (N,) of images (N, 3, H, W) uint8."""
+        return self.scores(images).argmax(axis=1)
 
 
 def load_judge(context: EvaluationContext, path: str, key: str) -> Judge:
@@ -39,21 +48,48 @@ def load_judge(context: EvaluationContext, path: str, key: str) -> Judge:
     num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
     if num_logits != context.num_classes:
         raise ConfigError(f"{key}: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}")
-    return Judge(judge.name, lambda images: features_of(context, judge, images).argmax(axis=1))
+    return Judge(judge.name, lambda images: features_of(context, judge, images))
 
 
 def linear_judge(context: EvaluationContext, extractor: Extractor, num_images: int) -> Judge:
     """A logistic regression on features of training images, decoded through the autoencoder as samples are."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+    name = f"logistic regression on {extractor.name}"
+    return _trained(context, name, classifier, lambda images: features_of(context, extractor, images), num_images)
+
+
+def pixel_judge(context: EvaluationContext, num_images: int) -> Judge:
+    """A support vector machine on images as means of 8 x 8 areas, which scikit-learn's digits are as they come."""
+
+    def features(images: torch.Tensor) -> np.ndarray:
+        return F.adaptive_avg_pool2d(images.float() / 255, PIXELS_SIZE).flatten(1).numpy()
+
+    return _trained(context, "a support vector machine on pixels", SVC(), features, num_images)
+
+
+def _trained(
+    context: EvaluationContext,
+    name: str,
+    classifier: ClassifierMixin,
+    features: Callable[[torch.Tensor], np.ndarray],
+    num_images: int,
+) -> Judge:
+    """A scikit-learn classifier of features, fitted to training images that went through the autoencoder."""
     train = context.splits.train
     rows = context.choose(np.flatnonzero(train.labels >= 0), num_images)
     rows = context.readable(train, rows, context.data.skip_corrupt)
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-    classifier.fit(features_of(context, extractor, reconstructed(context, train, rows)), train.labels[rows])
-    return Judge(
-        f"logistic regression on {extractor.name}",
-        lambda images: classifier.predict(features_of(context, extractor, images)),
-        f"The judge was trained on {len(rows)} training images that went through the autoencoder.",
-    )
+    classifier.fit(features(reconstructed(context, train, rows)), train.labels[rows])
+
+    def scores(images: torch.Tensor) -> np.ndarray:
+        found = classifier.decision_function(features(images))
+        if found.ndim == 1:  # of two classes scikit-learn gives the second's alone
+            found = np.stack([-found, found], axis=1)
+        scores = np.full((len(found), context.num_classes), -np.inf)  # of a class that no image had
+        scores[:, classifier.classes_] = found
+        return scores
+
+    note = f"The judge was trained on {len(rows)} training images that went through the autoencoder."
+    return Judge(name, scores, note)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

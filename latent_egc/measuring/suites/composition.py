@@ -3,27 +3,19 @@
 An independent judge ranks the classes of each sample; with a corrector between the steps and without.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.svm import SVC
 
 from latent_egc.config import ConfigError, file_path, within
 from latent_egc.data.stream import noise_generator
 from latent_egc.measuring import plots
 from latent_egc.measuring.context import EvaluationContext
-from latent_egc.measuring.feature_extractors import Extractor, load_torchscript
-from latent_egc.measuring.judges import reconstructed, to_uint8
+from latent_egc.measuring.judges import load_judge, pixel_judge, reconstructed, to_uint8
 from latent_egc.measuring.results import Figure, Metric, SuiteResult
 from latent_egc.methods.correctors import Corrector
-
-# Images (N, 3, H, W) uint8 -> (N, K), the higher the likelier.
-Judge = Callable[[torch.Tensor], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Settings:
     num_corrector_steps: int = within(4, 1)  # of its chain at each noise level
 
 
-SHOWN, JUDGED_SIZE = 12, 8
+SHOWN = 12
 
 
 def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
@@ -60,7 +52,10 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     for key, asked in (("all_of", both), ("none_of", excluded)):
         if not asked or not set(asked) < set(names):
             raise ConfigError(f"composition.{key} must be some of the classes {', '.join(names)}, got {asked}")
-    judge, judge_name = _judge(context, settings)
+    if settings.judge is None:
+        judge = pixel_judge(context, settings.num_judge_images)
+    else:
+        judge = load_judge(context, settings.judge, "composition.judge")
     corrector = Corrector(settings.corrector, num_steps=settings.num_corrector_steps)
     scale = settings.guidance_scale or context.pipeline.config.default_guidance_scale
     conjunction, negation = " AND ".join(both), "NOT " + ", ".join(excluded)
@@ -81,7 +76,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     shown, wanted = [], {names.index(name) for name in both}
     for position, (kind, options) in enumerate(kinds.items()):
         samples, acceptance = _samples(context, settings, kind, options)
-        ranked = judge(samples).argsort(axis=1)[:, ::-1]
+        ranked = judge.scores(samples).argsort(axis=1)[:, ::-1]
         if position < 3:
             found = np.array([set(row[: len(both)]) == wanted for row in ranked.tolist()])
             metrics[f"likeliest are {' and '.join(both)}: {kind}"] = context.accuracy(found)
@@ -92,14 +87,15 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             metrics[f"acceptance rate: {kind}"] = Metric(float(acceptance.nanmean()), percent=True)
         shown.append(samples[:SHOWN].movedim(1, -1))
     decoded = reconstructed(context, context.splits.validation, context.rows)
-    correct = judge(decoded).argmax(axis=1) == context.labels
+    correct = judge.predict(decoded) == context.labels
     metrics["the judge's accuracy on decoded validation images"] = context.accuracy(correct)
     caption = f"Samples, the first ones drawn, from the same starting noise in every row; guidance scale {scale:g}."
     grid = plots.image_grid(torch.stack(shown).numpy() / 255, list(kinds))
     notes = [
         f"{settings.num_samples} samples of each kind, {type(pipeline.scheduler).__name__} with "
         f"{settings.num_inference_steps} steps, guidance scale {scale:g}, {corrector.num_steps} steps of "
-        f"{corrector.kind} at each noise level where there is a corrector. The judge is {judge_name}."
+        f"{corrector.kind} at each noise level where there is a corrector. The judge is {judge.name}.",
+        *([judge.note] if judge.note else []),
     ]
     return SuiteResult(len(kinds) * settings.num_samples, metrics, [], [Figure("samples", caption, grid)], notes)
 
@@ -131,32 +127,3 @@ def _samples(
     rows = context.over_in_parts(settings.num_samples, sampled, f"sample, {kind}")
     size = context.pipeline.image_size
     return rows[:, :-1].to(torch.uint8).unflatten(1, (3, size, size)), rows[:, -1:]
-
-
-def _judge(context: EvaluationContext, settings: Settings) -> tuple[Judge, str]:
-    """What ranks the classes of images, and its name.
-
-    The support vector machine sees images as means of 8 x 8 areas (scikit-learn's digits as they are), and learns from
-    training images that went through the autoencoder, as samples do.
-    """
-    device = context.accelerator.device
-    if settings.judge is not None:
-        network = Extractor("judge", load_torchscript(settings.judge, "composition.judge", device))
-        size = context.pipeline.image_size
-        num_logits = network(torch.zeros(1, 3, size, size, device=device)).shape[1]
-        if num_logits != context.num_classes:
-            raise ConfigError(
-                f"composition.judge: {settings.judge} tells {num_logits} classes apart, the pipeline has "
-                f"{context.num_classes}"
-            )
-        return lambda images: network(images.to(device) / 255).cpu().numpy(), Path(settings.judge).stem
-
-    def features(images: torch.Tensor) -> np.ndarray:
-        return F.adaptive_avg_pool2d(images.float() / 255, JUDGED_SIZE).flatten(1).numpy()
-
-    train = context.splits.train
-    rows = context.choose(np.flatnonzero(train.labels >= 0), settings.num_judge_images)
-    rows = context.readable(train, rows, context.data.skip_corrupt)
-    machine = SVC().fit(features(reconstructed(context, train, rows)), train.labels[rows])
-    name = f"a support vector machine on {len(rows)} training images that went through the autoencoder"
-    return lambda images: machine.decision_function(features(images)), name

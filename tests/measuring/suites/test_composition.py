@@ -7,6 +7,7 @@ from tiny_studies import Brightness, measure
 
 from latent_egc.config import ConfigError
 from latent_egc.data.stream import noise_generator
+from latent_egc.measuring.judges import pixel_judge
 from latent_egc.measuring.suites import composition
 
 FAST = ["composition.num_samples=5", "composition.num_inference_steps=2", "composition.num_corrector_steps=1"]
@@ -38,7 +39,18 @@ def test_suite_by_hand(evaluation_context, tmp_path):
 def test_a_judge_is_made_of_training_images(evaluation_context):
     result = measure(composition, evaluation_context(*FAST, "composition.corrector=ula"))
     assert "likeliest are cat and cow: cat AND cow, ula" in result.metrics
-    assert "on 14 training images" in result.notes[0]
+    assert "14 training images" in result.notes[1]
+
+
+def test_the_pixel_judge_gives_no_score_to_a_class_that_it_never_saw(evaluation_context):
+    context = evaluation_context(*FAST)
+    train = context.splits.train
+    train.labels[train.labels == 1] = -1  # two classes are left, for which scikit-learn has another layout
+    images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
+    scores = pixel_judge(context, 10).scores(images)
+    assert scores.shape == (2, 3)
+    assert np.isneginf(scores[:, 1]).all()
+    assert np.array_equal(scores[:, 0], -scores[:, 2])
 
 
 def test_errors(evaluation_context, tmp_path):
