@@ -88,8 +88,8 @@ class ObjectiveConfig:
     noisy_classification: Literal["all", "dropped"] = "all"
     clean_fraction: float = within(1.0, 1e-3, 1.0)  # share of the rows that the clean branch sees, weighted by 1 / it
     time_score_weight: float = within(0.0, 0.0)  # matches the energy's derivative by the noise level too; 0: not
-    # Timesteps by a normal distribution (mean, std) of log(sigma_t / alpha_t); null: uniform.
-    timestep_log_normal: tuple[float, float] | None = within(None, -20.0, 20.0)
+    # Timesteps by a normal distribution (mean, std) of log(sigma_t / alpha_t); null: uniform, as published.
+    timestep_log_normal: tuple[float, float] | None = within((-0.5, 1.2), -20.0, 20.0)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from latent_egc.config import load_config
 from latent_egc.data.autoencoders import load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.training.loop import train
+from latent_egc.training.run_folder import load_run_config
 
 BEFORE = Path(__file__).resolve().parent / "data" / "before"
 EXPECTED = load_file(BEFORE / "expected.safetensors")
@@ -63,7 +64,8 @@ def test_weights_come_back_to_the_bit(source):
 
 @pytest.mark.filterwarnings("error:resuming with")
 def test_a_run_from_before_goes_on_as_if_it_had_not_been_stopped():
-    train(load_config("before/run/config.yaml", ["training.max_steps=4", "training.resume=auto"]))
+    """As the command line reads it: with uniform timesteps, which were not named then and are no default now."""
+    train(load_run_config("before/run/config.yaml", ["training.max_steps=4", "training.resume=auto"]))
     weights = load_file("before/run/pipeline/energy_model/diffusion_pytorch_model.safetensors")
     assert weights.keys() == {name.removeprefix("resumed.") for name in EXPECTED if name.startswith("resumed.")}
     for name, value in weights.items():

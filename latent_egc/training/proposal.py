@@ -171,7 +171,11 @@ def _data(found: Inspection, image_size: Choice, labelled: bool, cache: str | No
     if "validation_split" not in choices:
         choices["validation_fraction"] = Choice(0.2, f"no split for it: {found.num_validation:,} images are held out")
     choices["image_size"] = image_size
-    choices["horizontal_flip"] = Choice(True, "right for photographs; false for text, digits, left and right hands")
+    if labelled and all(len(name) == 1 for name in found.class_counts):
+        choices["horizontal_flip"] = Choice(False, "the classes look like digits or letters; true for photographs")
+    else:
+        reason = "right for photographs; false for text, digits, left and right hands"
+        choices["horizontal_flip"] = Choice(True, reason)
     if labelled:
         choices["random_resized_crop"] = Choice([0.8, 1.0], "share of the area that the classifier sees")
         choices["num_views"] = Choice(4 if found.num_images < 2000 else 2, "such crops of an image in the cache")

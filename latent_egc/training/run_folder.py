@@ -90,6 +90,7 @@ def _stored_sections(run: Path) -> dict[str, dict[str, Any]]:
     sections = {name: dict(before[name]) for name in ("model", "autoencoder", "data", "objective", "training")}
     # Runs from before recorded it as it was given.
     sections["autoencoder"]["path"] = expanded(sections["autoencoder"].get("path"), "autoencoder.path")
+    sections["objective"].setdefault("timestep_log_normal", None)  # there was nothing but uniform timesteps
     return sections | {"sampling": dict(before["sampling"])}
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_images import write_folder
-from tiny_runs import run_config
+from tiny_runs import run_values
 from torch.utils.data import DataLoader
 
-from latent_egc.config import DataConfig
+from latent_egc.config import DataConfig, parse_config
 from latent_egc.data.sources import load_splits
 from latent_egc.data.stream import (
     BatchSchedule,
@@ -100,7 +100,9 @@ def test_draws_are_a_function_of_seed_and_sample():
 def test_uniform_timesteps_are_those_of_every_run_so_far(tmp_path):
     draws = [sample_draws(3, number, (1, 1, 2), 1000, 0.1) for number in range(6)]
     assert [int(draw["timesteps"]) for draw in draws] == [750, 139, 770, 993, 207, 379]
-    assert timestep_sampling(resolve(run_config(tmp_path))) is None
+    values = run_values(tmp_path)
+    values["objective"]["timestep_log_normal"] = None
+    assert timestep_sampling(resolve(parse_config(values))) is None
     config = write_folder(tmp_path / "images")
     samples = TrainingSamples(PixelViews(load_splits(config, 2).train, config, 3), 3, (1, 1, 2), 1000, 0.1)
     (item,) = samples.__getitems__([5])
