@@ -133,6 +133,7 @@ def add_transformers_files(folder: Path, pipeline: EGCPipeline, head: LinearHead
     config = EGCConfig(
         energy_model=_constructor_arguments(pipeline.energy_model),
         vae=None if pipeline.vae is None else _constructor_arguments(pipeline.vae),
+        autoencoder=pipeline.config.autoencoder,
         classifier="energy" if head is None else "linear",
         id2label=names,
         label2id={name: i for i, name in names.items()},
