@@ -73,6 +73,7 @@ class EnergyPipeline(SelfContainedPipeline):
         if not default_guidance_scale >= 1:
             raise ValueError(f"default_guidance_scale must be at least 1, got {default_guidance_scale}")
         if vae is None and autoencoder is not None:
+            # Here, because `DiffusionPipeline.from_pretrained` calls nothing else of a class that it finds in a folder.
             vae = _loaded_beside(energy_model, autoencoder)
         channels, own_channels = latent_channels(vae), energy_model.config.in_channels
         if vae is not None and channels != own_channels:
