@@ -17,6 +17,7 @@ from latent_egc.models.weights import align_weights, check_weights
 from .class_names import ClassLabels, label_ids
 from .guidance import GuidanceScale
 from .latents import decode_latents, latent_channels, latent_moments, scale_latents, vae_scale_factor
+from .named_autoencoder import named_autoencoder
 from .schedulers import check_scheduler, set_timesteps
 from .self_contained import SelfContainedPipeline
 
@@ -38,10 +39,13 @@ class EnergyPipeline(SelfContainedPipeline):
         default_guidance_scale: what `guidance_scale=None` means for labelled samples, at least 1.
         log_normalizer: log Z, with which the energies of all noise levels are one density, see
             `DensityPipeline.log_density`; None: the network was not trained for that.
+        autoencoder: Hub id or folder of the autoencoder, which is loaded from there where `vae` is not given. Such a
+            pipeline is saved with the name in place of its autoencoder's weights.
 
     Raises:
-        ValueError: a scheduler with other betas or another prediction type, names that do not fit the classes, or
-            weights that were not in their file, are NaN or infinite.
+        ValueError: a scheduler with other betas or another prediction type, names that do not fit the classes, an
+            autoencoder that cannot be loaded or has other latents, or weights that were not in their file, are NaN or
+            infinite.
     """
 
     _optional_components = ["vae"]
@@ -57,6 +61,7 @@ class EnergyPipeline(SelfContainedPipeline):
         id2label: dict[str, str] | dict[int, str] | None = None,
         default_guidance_scale: float = 1.0,
         log_normalizer: float | None = None,
+        autoencoder: str | None = None,
     ) -> None:
         super().__init__()
         num_classes = energy_model.config.num_classes or 0
@@ -67,10 +72,22 @@ class EnergyPipeline(SelfContainedPipeline):
             raise ValueError(f"id2label must name the classes 0 to {num_classes - 1}, got ids {sorted(id2label)}")
         if not default_guidance_scale >= 1:
             raise ValueError(f"default_guidance_scale must be at least 1, got {default_guidance_scale}")
+        if vae is None and autoencoder is not None:
+            # Here, because `DiffusionPipeline.from_pretrained` calls nothing else of a class that it finds in a folder.
+            vae = _loaded_beside(energy_model, autoencoder)
+        channels, own_channels = latent_channels(vae), energy_model.config.in_channels
+        if vae is not None and channels != own_channels:
+            what = type(vae).__name__ if autoencoder is None else f"{type(vae).__name__} (autoencoder={autoencoder!r})"
+            raise ValueError(f"the latents of {what} have {channels} channels, the energy network's {own_channels}")
         self.register_modules(energy_model=energy_model, vae=vae, scheduler=scheduler)
         self.register_to_config(
-            id2label=id2label, default_guidance_scale=default_guidance_scale, log_normalizer=log_normalizer
+            id2label=id2label,
+            default_guidance_scale=default_guidance_scale,
+            log_normalizer=log_normalizer,
+            autoencoder=autoencoder,
         )
+        if autoencoder is not None:
+            self.register_to_config(vae=(None, None))  # what is saved; the pipeline in memory has its autoencoder
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         check_scheduler(self.scheduler, self.energy_model)
         for module in (energy_model, vae):
@@ -240,3 +257,11 @@ class EnergyPipeline(SelfContainedPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}, got {unknown}"
             )
+
+
+def _loaded_beside(energy_model: ModelMixin, autoencoder: str) -> ModelMixin:
+    """A named autoencoder in the energy network's precision, and on its device unless that is offloaded."""
+    vae = named_autoencoder(autoencoder)
+    if vae.dtype != energy_model.dtype:
+        vae.to(energy_model.dtype)
+    return vae if energy_model.device.type == "meta" else vae.to(energy_model.device)

@@ -2,6 +2,7 @@
 
 example: latent-egc export runs/quickstart exported --push-to-hub USER/NAME
          latent-egc export runs/quickstart classifier --onnx
+         latent-egc export runs/imagenette64 exported --autoencoder madebyollin/taesd --dtype float16
 """
 
 import argparse
@@ -19,17 +20,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--onnx", action="store_true", help="only FOLDER/classifier.onnx: pixels to logits and energy (extra onnx)"
     )
+    parser.add_argument(
+        "--autoencoder", metavar="NAME", help="Hub id or folder that is named in place of the autoencoder's weights"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="in which the weights are stored"
+    )
+    parser.add_argument("--license", help="of the weights, for the model card, such as mit")
 
 
 def run(options: argparse.Namespace) -> None:
     """Writes the folder and uploads it where that is asked for."""
     if options.onnx:
+        from latent_egc.config import ConfigError
         from latent_egc.exchange.onnx import export_onnx
 
+        if options.autoencoder or options.license or options.dtype != "float32":
+            raise ConfigError("--autoencoder, --dtype and --license are for a folder of weights, not for --onnx")
         print(f"exported to {export_onnx(load_pipeline(options.run, 'cpu'), options.folder)}")
         return
+    import torch
+
     from latent_egc.exchange.export import export
 
     with without_loading_bars():
-        export(options.run, options.folder, push_to_hub=options.push_to_hub)
+        export(
+            options.run,
+            options.folder,
+            push_to_hub=options.push_to_hub,
+            autoencoder=options.autoencoder,
+            dtype=getattr(torch, options.dtype),
+            license=options.license,
+        )
     print(f"exported to {options.folder}" + (f" and {options.push_to_hub}" if options.push_to_hub else ""))

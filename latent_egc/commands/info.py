@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
     autoencoder = "none, pixel space"
     if vae is not None:
         autoencoder = f"{type(vae).__name__}, {sum(p.numel() for p in vae.parameters()):,} parameters"
+        autoencoder += f", of {pipeline.config.autoencoder}" if pipeline.config.autoencoder else ""
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     config = model.config
     print(f"from          {origin.place}")

@@ -9,13 +9,12 @@ import json
 from importlib import resources
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import ModelMixin
 
 from latent_egc.config import AutoencoderConfig, ConfigError
-from latent_egc.models.weights import check_loaded
 from latent_egc.pipelines.latents import latent_channels, latent_moments, scale_latents, vae_scale_factor
+from latent_egc.pipelines.named_autoencoder import read_autoencoder
 
 
 def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cpu") -> ModelMixin | None:
@@ -29,22 +28,9 @@ def load_autoencoder(config: AutoencoderConfig, device: str | torch.device = "cp
         raise ConfigError(f"autoencoder.subfolder={config.subfolder!r}: no such folder in {path}")
     source = str(path) if path.is_dir() else config.path
     try:
-        class_name = AutoencoderKL.load_config(source, subfolder=config.subfolder).get("_class_name")
-        kind = getattr(diffusers, class_name or "", None)
-        if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
-            raise ConfigError(f"autoencoder.path={config.path!r} is a {class_name}, not an autoencoder")
-        vae, report = kind.from_pretrained(source, subfolder=config.subfolder, output_loading_info=True)
-        check_loaded(vae, report)
-    except ConfigError:
-        raise
+        vae = read_autoencoder(source, config.subfolder)
     except Exception as error:  # diffusers has no common error for a folder with a damaged file
         raise ConfigError(f"autoencoder.path={config.path!r} cannot be loaded: {error}") from error
-    for needed in (("latent_channels", "z_dim"), ("scaling_factor", "latents_std")):
-        if all(vae.config.get(field) is None for field in needed):
-            raise ConfigError(
-                f"autoencoder.path={config.path!r}: {type(vae).__name__} has neither {' nor '.join(needed)}, it is not "
-                "supported"
-            )
     if config.slicing:
         vae.enable_slicing()
     return vae.to(device).eval().requires_grad_(False)

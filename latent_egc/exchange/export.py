@@ -9,6 +9,7 @@ For transformers the folder also says how its weights are read as an image class
 import inspect
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors.torch import save_file
 
 from latent_egc.atomic import check_unoccupied, replace_folder
-from latent_egc.config import read_sections
+from latent_egc.config import ConfigError, read_sections
 from latent_egc.exchange.image_classification import LINEAR_FILE, EGCConfig, EGCImageProcessor
+from latent_egc.models.weights import check_weights
 from latent_egc.pipelines import EGCPipeline
+from latent_egc.pipelines.named_autoencoder import named_autoencoder
 from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
 
 CARD = """\
@@ -39,7 +42,7 @@ pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 {classify_call}```
 
 With latent-egc installed, `EGCPipeline.from_pretrained("{name}")` does the same and runs no code from the repository.
-
+{weights}
 For transformers it is {as_transformers}:
 
 ```python
@@ -64,32 +67,65 @@ classify = pipeline("image-classification", model="{name}", trust_remote_code=Tr
 print(classify(image, top_k=1))
 """
 
+NAMED_AUTOENCODER = """
+The autoencoder is `{autoencoder}`. Its weights are not in this folder and not under its licence, but under that of
+their authors; they are loaded from there, unless `vae=` gives them.
+"""
+HALF_FLOATS = """
+The weights are stored as float16 and loaded as float32; `.to(torch.float16)` makes them half floats again. The numbers
+below were measured before they were rounded.
+"""
 
-def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) -> Path:
+
+def export(
+    run: str | Path,
+    folder: str | Path,
+    push_to_hub: str | None = None,
+    autoencoder: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    license: str | None = None,
+) -> Path:
     """Writes a run's pipeline as a folder for the Hub.
 
     Args:
         run: a run's folder; its last pipeline is taken, or its best checkpoint's where training has not ended.
         folder: what to write; must not exist, or be empty.
         push_to_hub: a repository such as "user/name" to upload the folder to; created where it does not exist.
+        autoencoder: Hub id or folder that the pipeline names in place of its autoencoder's weights. What lies there is
+            compared with the pipeline's own; a Hub id that cannot be loaded is believed, with a warning.
+        dtype: in which the weights are stored: float32, or float16. They are loaded as float32 either way.
+        license: of the weights, for the card's metadata, such as "mit".
 
     Returns:
         `folder`.
 
     Raises:
         FileNotFoundError: no pipeline in `run`.
-        ConfigError: `folder` holds something.
+        ConfigError: the pipeline cannot be loaded, `folder` holds something, `autoencoder` is not the pipeline's, or
+            another `dtype`.
+        ValueError: weights that are too large for `dtype`, by name.
         CheckpointError: writing failed; nothing half-written stays.
     """
+    if dtype not in (torch.float32, torch.float16):
+        raise ConfigError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
     run, folder = Path(run), Path(folder)
     source = resolve_pipeline(run)
     check_unoccupied(folder)
+    try:
+        pipeline = EGCPipeline.from_pretrained(source)
+    except Exception as error:  # diffusers has no common error for a folder with a damaged file
+        raise ConfigError(f"the pipeline {source} cannot be loaded: {error}") from error
+    if autoencoder is not None:
+        _check_named(pipeline, autoencoder)
+        pipeline = EGCPipeline(**(pipeline.components | {"autoencoder": autoencoder}))
+    if dtype == torch.float16:
+        for network in filter(None, (pipeline.energy_model, pipeline.vae)):
+            check_weights(network.half())  # a large one may be infinite now
 
     def write(unfinished: Path) -> None:
-        pipeline = EGCPipeline.from_pretrained(source)
         pipeline.save_pretrained(unfinished)
         add_transformers_files(unfinished, pipeline)
-        _add_card(unfinished, run, source, push_to_hub or folder.name)
+        _add_card(unfinished, pipeline, run, source, push_to_hub or folder.name, license)
 
     replace_folder(folder, write)
     if push_to_hub is not None:
@@ -97,6 +133,36 @@ def export(run: str | Path, folder: str | Path, push_to_hub: str | None = None) 
         api.create_repo(push_to_hub, exist_ok=True)
         api.upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="Export from latent-egc")
     return folder
+
+
+def _check_named(pipeline: EGCPipeline, autoencoder: str) -> None:
+    """Compares what an autoencoder's name means with the pipeline's own; a Hub id that cannot be loaded is believed.
+
+    Raises ConfigError where it is another one, where nothing can be loaded, and in pixel space.
+    """
+    if pipeline.vae is None:
+        raise ConfigError(f"autoencoder={autoencoder!r}: the pipeline is in pixel space, it has no autoencoder to name")
+    try:
+        named = named_autoencoder(autoencoder)
+    except ValueError as error:
+        if Path(autoencoder).expanduser().exists() or not isinstance(error.__cause__, OSError):
+            raise ConfigError(str(error)) from error
+        warnings.warn(f"not compared with the pipeline's own autoencoder: {error}", stacklevel=2)
+        return
+    there, here = _constructor_arguments(named), _constructor_arguments(pipeline.vae)
+    differing = [name for name in here | there if here.get(name) != there.get(name)]
+    weights = named.state_dict()
+    differing += [
+        name
+        for name, tensor in pipeline.vae.state_dict().items()
+        if name not in weights or not torch.equal(tensor, weights[name])
+    ]
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"autoencoder={autoencoder!r} is not the one whose latents the network was trained on, it differs in "
+            f"{', '.join(differing[:5])}{more}"
+        )
 
 
 @dataclass(frozen=True)
@@ -133,11 +199,13 @@ def add_transformers_files(folder: Path, pipeline: EGCPipeline, head: LinearHead
     config = EGCConfig(
         energy_model=_constructor_arguments(pipeline.energy_model),
         vae=None if pipeline.vae is None else _constructor_arguments(pipeline.vae),
+        autoencoder=pipeline.config.autoencoder,
         classifier="energy" if head is None else "linear",
         id2label=names,
         label2id={name: i for i, name in names.items()},
         weights_in_components=True,
         architectures=["EGCForImageClassification"],
+        dtype="float32",  # also of stored half floats: diffusers loads them so, transformers would leave them halves
         **place,
     )
     config.save_pretrained(folder)
@@ -151,7 +219,7 @@ def _constructor_arguments(network: ModelMixin) -> dict[str, Any]:
     return {"_class_name": type(network).__name__} | {k: v for k, v in config.items() if k in wanted}
 
 
-def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
+def _add_card(folder: Path, pipeline: EGCPipeline, run: Path, source: Path, name: str, license: str | None) -> None:
     """Writes README.md: what the model is, how to use it, what was measured, the run's configuration, its samples."""
     config_file, metrics_file = run / "config.yaml", run / "metrics.jsonl"
     config_text = config_file.read_text() if config_file.is_file() else ""
@@ -169,12 +237,15 @@ def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
     grids = sorted((run / "samples").glob("step-*.png"))
     if grids:
         shutil.copy(grids[-1], folder / "samples.png")
-    pipeline = EGCPipeline.from_pretrained(folder)
+    named = pipeline.config.autoencoder
     model_config, names = pipeline.energy_model.config, list(pipeline.id2label.values())
     size = f"{model_config.in_channels}x{model_config.sample_size}x{model_config.sample_size}"
+    weights = "" if named is None else NAMED_AUTOENCODER.format(autoencoder=named)
+    weights += HALF_FLOATS if pipeline.dtype == torch.float16 else ""
     space = "pixels" if pipeline.vae is None else "latents of a pretrained autoencoder"
     data = ModelCardData(
         library_name="diffusers",
+        license=license,
         pipeline_tag="image-classification" if names else "unconditional-image-generation",
         tags=["latent-egc", "energy-based-model", "image-generation", "image-classification"],
     )
@@ -186,6 +257,7 @@ def _add_card(folder: Path, run: Path, source: Path, name: str) -> None:
         grid="![samples](samples.png)\n" if grids else "",
         sample_call=f"image = pipe({call}num_inference_steps={steps}).images[0]",
         classify_call="print(pipe.classify(image, top_k=1).labels)\n" if names else "",
+        weights=weights,
         as_transformers="an image classifier and a backbone" if names else "a backbone",
         transformers_call=TRANSFORMERS_CALL.format(name=name) if names else "",
         numbers=numbers,

@@ -43,6 +43,7 @@ from latent_egc.models.weights import align_weights, check_loaded
 from latent_egc.pipelines.code_files import code_file
 from latent_egc.pipelines.images import preprocess_images
 from latent_egc.pipelines.latents import latent_channels, latent_moments, scale_latents
+from latent_egc.pipelines.named_autoencoder import named_autoencoder
 
 CODE_FILE = "image_classification.py"
 AUTO_MAP = {
@@ -71,6 +72,7 @@ class EGCConfig(PretrainedConfig):
         pooling: p, its map is averaged to p x p.
         noise_seed: of the one draw of noise, the same for every image.
         weights_in_components: whether the folder's weights are those in its component folders, not model.safetensors.
+        autoencoder: Hub id or folder of the autoencoder's weights, where the component folders have none.
         **options: transformers' own, such as `id2label`.
     """
 
@@ -87,11 +89,13 @@ class EGCConfig(PretrainedConfig):
         pooling: int = 1,
         noise_seed: int = 0,
         weights_in_components: bool = False,
+        autoencoder: str | None = None,
         **options: Any,
     ) -> None:
         self.energy_model, self.vae = dict(energy_model or {}), None if vae is None else dict(vae)
         self.classifier, self.block, self.timestep, self.pooling = classifier, block, timestep, pooling
         self.noise_seed, self.weights_in_components = noise_seed, weights_in_components
+        self.autoencoder = autoencoder
         options.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(**options)
 
@@ -158,7 +162,7 @@ class EGCPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: EGCConfig) -> None:
         super().__init__(config)
-        self.config.weights_in_components = False  # a model in memory is saved as one file
+        self.config.weights_in_components, self.config.autoencoder = False, None  # in memory, and saved as one file
         networks = {"EGCUNet": EGCUNet, "EGCTransformer": EGCTransformer}
         self.energy_model = networks[config.energy_model["_class_name"]].from_config(config.energy_model)
         self.vae = None
@@ -239,8 +243,8 @@ class EGCPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.from_pretrained`. Reads an exported folder's component folders, or a saved model.
 
         Raises:
-            ValueError: naming the tensors that are missing, unexpected, NaN or infinite. A linear head may be missing,
-                and is then a new one.
+            ValueError: naming the tensors that are missing, unexpected, NaN or infinite, or a named autoencoder that
+                cannot be loaded. A linear head may be missing, and is then a new one.
         """
         source: str | os.PathLike | None = pretrained_model_name_or_path
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
@@ -264,9 +268,9 @@ class EGCPreTrainedModel(PreTrainedModel):
     def _read_components(
         cls, source: str | os.PathLike, config: EGCConfig, subfolder: str, hub: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """The weights that lie in the component folders, by their names here."""
+        """The weights that lie in the component folders, or where an autoencoder is named, by their names here."""
         files = {"energy_model": (posixpath.join(subfolder, "energy_model"), COMPONENT_WEIGHTS)}
-        if config.vae is not None:
+        if config.vae is not None and config.autoencoder is None:
             files["vae"] = (posixpath.join(subfolder, "vae"), COMPONENT_WEIGHTS)
         if config.classifier == "linear":
             files["linear"] = (subfolder, LINEAR_FILE)
@@ -274,6 +278,10 @@ class EGCPreTrainedModel(PreTrainedModel):
         for part, (folder, file) in files.items():
             weights = _read_weights(source, file, folder, hub, may_be_missing=part == "linear")
             found |= {f"{part}.{name}": tensor for name, tensor in weights.items()}
+        if config.autoencoder is not None:
+            hub = {name: value for name, value in hub.items() if name != "revision"}  # that is of another repository
+            weights = named_autoencoder(config.autoencoder, **hub).state_dict()
+            found |= {f"vae.{name}": tensor for name, tensor in weights.items() if _is_read(name)}
         return found
 
 
@@ -359,9 +367,13 @@ def _read_weights(
     tensors = {}
     for path in paths:
         with safe_open(path, "pt") as opened:
-            wanted = [name for name in opened.keys() if name.split(".")[0] not in DECODER_PARTS]  # noqa: SIM118
-            tensors |= {name: opened.get_tensor(name) for name in wanted}
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys() if _is_read(name)}  # noqa: SIM118
     return tensors
+
+
+def _is_read(name: str) -> bool:
+    """Whether a tensor of this name is one of a component without its decoder."""
+    return name.split(".")[0] not in DECODER_PARTS
 
 
 # Releases of transformers before 5 make no pipeline of a folder's code without it.

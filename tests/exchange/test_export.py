@@ -2,19 +2,24 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fake_hub import serve
-from tiny import tiny_dc, tiny_pipeline, tiny_qwen
+from safetensors.torch import load_file
+from tiny import tiny_dc, tiny_kl, tiny_pipeline, tiny_qwen, tiny_taesd
 from tiny_runs import run_values
+from transformers import AutoModelForImageClassification
 
 import latent_egc.methods
 from latent_egc import EGCPipeline, EGCUNet
+from latent_egc.commands import main
 from latent_egc.config import ConfigError, parse_config
 from latent_egc.exchange import export as export_module
 from latent_egc.exchange.export import export
@@ -231,3 +236,103 @@ def test_methods_are_bundled_with_the_pipeline_each_once_before_what_needs_them(
     command = [sys.executable, "-c", STRANGER.partition("import torch")[0] + "import bundled"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "bundled\n"
+
+
+# --- an autoencoder by its name, half floats, a licence ---------------------------------------------------------------
+
+
+def test_an_autoencoder_that_is_named_is_left_out_and_everything_still_works(tmp_path, capsys):
+    pipeline = make_run(tmp_path / "run")
+    name = str(tmp_path / "vae")
+    pipeline.vae.save_pretrained(name)
+    folder = export(tmp_path / "run", tmp_path / "exported", autoencoder=name, license="mit")
+    assert not (folder / "vae").exists()
+    pixels = torch.rand(2, 3, 8, 8)
+    expected = pipeline.classify(pixels)
+    loaded = EGCPipeline.from_pretrained(folder)
+    assert torch.equal(loaded.classify(pixels).logits, expected.logits)
+    assert torch.equal(sample(loaded, ["cat", "cow"]), sample(pipeline, ["cat", "cow"]))
+    assert main(["info", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"parameters, of {name}\n" in said
+    assert "licence       mit\n" in said
+    exported_again = EGCPipeline.from_pretrained(export(folder, tmp_path / "again"))
+    assert exported_again.config.autoencoder == name
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert torch.equal(model(2 * pixels - 1).logits, expected.logits)
+    model.save_pretrained(tmp_path / "classifier")
+    shutil.rmtree(name)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "classifier")  # its own file, encoder and all
+    assert torch.equal(again(2 * pixels - 1).logits, expected.logits)
+    with pytest.raises(ValueError, match=r"autoencoder='.*vae' cannot be loaded"):
+        AutoModelForImageClassification.from_pretrained(folder)
+    card = " ".join((folder / "README.md").read_text().split())
+    assert f"The autoencoder is `{name}`. Its weights are not in this folder" in card
+    assert "license: mit" in card
+    assert "float16" not in card
+
+
+def test_half_floats_are_stored_and_loaded_as_floats(tmp_path):
+    pipeline = make_run(tmp_path / "run")
+    folder = export(tmp_path / "run", tmp_path / "exported", dtype=torch.float16)
+    for part in ("energy_model", "vae"):
+        tensors = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    loaded = EGCPipeline.from_pretrained(folder)
+    assert (loaded.energy_model.dtype, loaded.vae.dtype) == (torch.float32, torch.float32)
+    for name, tensor in loaded.energy_model.state_dict().items():
+        assert torch.equal(tensor, pipeline.energy_model.state_dict()[name].half().float())
+    assert sample(loaded, ["cat", "cow"]).isfinite().all()
+    pixels = torch.rand(2, 3, 8, 8)
+    logits = loaded.classify(pixels).logits
+    torch.testing.assert_close(logits, pipeline.classify(pixels).logits, atol=0.02, rtol=0.02)
+    assert torch.equal(AutoModelForImageClassification.from_pretrained(folder)(2 * pixels - 1).logits, logits)
+    assert "stored as float16 and loaded as float32" in (folder / "README.md").read_text()
+
+
+def test_an_autoencoder_that_is_another_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    for name, vae, message in (
+        ("weights", tiny_kl(), r"'.*weights' is not the one .* it differs in decoder\.conv_in\.bias$"),
+        ("scale", tiny_kl(scaling_factor=0.5), r"'.*scale' is not the one .* it differs in scaling_factor$"),
+        ("kind", tiny_taesd(), r"'.*kind' is not the one .* it differs in _class_name, .* more$"),
+    ):
+        if name == "weights":
+            vae.decoder.conv_in.bias.data += 1e-3
+        vae.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=message):
+            export(tmp_path / "run", tmp_path / "exported", autoencoder=str(tmp_path / name))
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        with pytest.raises(ConfigError, match=rf"autoencoder='.*{name}' cannot be loaded"):
+            export(tmp_path / "run", tmp_path / "exported", autoencoder=str(tmp_path / name))
+    make_run(tmp_path / "pixels", vae=False, in_channels=3)
+    with pytest.raises(ConfigError, match="'someone/taesd': the pipeline is in pixel space"):
+        export(tmp_path / "pixels", tmp_path / "exported", autoencoder="someone/taesd")
+    with pytest.raises(ConfigError, match=r"dtype must be torch\.float32 or torch\.float16, got torch\.int8"):
+        export(tmp_path / "run", tmp_path / "exported", dtype=torch.int8)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_weight_that_no_half_float_holds_is_named(tmp_path):
+    pipeline = make_run(tmp_path / "run")
+    pipeline.energy_model.conv_in.bias.data[0] = 1e5
+    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+    with pytest.raises(ValueError, match=r"NaN or infinite: conv_in\.bias"):
+        export(tmp_path / "run", tmp_path / "exported", dtype=torch.float16)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_hub_id_that_cannot_be_reached_is_believed_with_a_warning(tmp_path, monkeypatch, capsys):
+    """The folder is loaded by what the user gives it, and says whose autoencoder it wants."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    pipeline = make_run(tmp_path / "run")
+    options = ["--autoencoder", "someone/taesd", "--dtype", "float16", "--license", "mit"]
+    with pytest.warns(UserWarning, match="not compared with the pipeline's own autoencoder") as caught:
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported"), *options]) == 0
+    assert len([warning for warning in caught if "not compared" in str(warning.message)]) == 1
+    assert EGCPipeline.from_pretrained(tmp_path / "exported", vae=pipeline.vae).classify(torch.rand(1, 3, 8, 8))
+    assert main(["info", str(tmp_path / "exported")]) == 2
+    assert "autoencoder='someone/taesd' cannot be loaded" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "onnx"), "--onnx", *options]) == 2
+    assert "not for --onnx" in capsys.readouterr().err
