@@ -39,6 +39,7 @@ class EnergyPipeline(SelfContainedPipeline):
         default_guidance_scale: what `guidance_scale=None` means for labelled samples, at least 1.
         log_normalizer: log Z, with which the energies of all noise levels are one density, see
             `DensityPipeline.log_density`; None: the network was not trained for that.
+        default_num_inference_steps: what `num_inference_steps=None` means for this scheduler, at least 1.
         autoencoder: Hub id or folder of the autoencoder, which is loaded from there where `vae` is not given. Such a
             pipeline is saved with the name in place of its autoencoder's weights.
 
@@ -62,6 +63,7 @@ class EnergyPipeline(SelfContainedPipeline):
         default_guidance_scale: float = 1.0,
         log_normalizer: float | None = None,
         autoencoder: str | None = None,
+        default_num_inference_steps: int = 50,
     ) -> None:
         super().__init__()
         num_classes = energy_model.config.num_classes or 0
@@ -72,6 +74,8 @@ class EnergyPipeline(SelfContainedPipeline):
             raise ValueError(f"id2label must name the classes 0 to {num_classes - 1}, got ids {sorted(id2label)}")
         if not default_guidance_scale >= 1:
             raise ValueError(f"default_guidance_scale must be at least 1, got {default_guidance_scale}")
+        if not default_num_inference_steps >= 1:
+            raise ValueError(f"default_num_inference_steps must be at least 1, got {default_num_inference_steps}")
         if vae is None and autoencoder is not None:
             # Here, because `DiffusionPipeline.from_pretrained` calls nothing else of a class that it finds in a folder.
             vae = _loaded_beside(energy_model, autoencoder)
@@ -85,6 +89,7 @@ class EnergyPipeline(SelfContainedPipeline):
             default_guidance_scale=default_guidance_scale,
             log_normalizer=log_normalizer,
             autoencoder=autoencoder,
+            default_num_inference_steps=default_num_inference_steps,
         )
         if autoencoder is not None:
             self.register_to_config(vae=(None, None))  # what is saved; the pipeline in memory has its autoencoder

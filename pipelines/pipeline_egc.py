@@ -51,7 +51,7 @@ class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, Editin
         self,
         class_labels: ClassLabels | None = None,
         num_images_per_label: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: GuidanceScale | None = None,
         classifier_free_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -82,12 +82,14 @@ class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, Editin
         (`guidance_scale`). Whichever are used, a step is one forward and one backward pass. The published procedure, on
         such a model, is the energy at the label with the gradient of the classifier at the null label:
 
-            pipeline([207, 360], num_inference_steps=100, guidance_scale=6.0)  # the default scheduler is DDIM
+            pipeline.scheduler = solver("DDIM", pipeline.scheduler)
+            pipeline([207, 360], num_inference_steps=100, guidance_scale=6.0)
 
         Args:
             class_labels: ids or names, one or many; None samples from p(z), without guidance.
             num_images_per_label: images for each label, in the labels' order; without labels, images in all.
-            num_inference_steps: scheduler steps, each one forward and one backward pass.
+            num_inference_steps: scheduler steps, each one forward and one backward pass. None: the number stored with
+                the pipeline.
             guidance_scale: weight of the classifier's gradient; 0 = off (only with a class embedding), 1 = p(z | y),
                 more = sharper; or a function of the noise level in [0, 1], 0 for clean images. None: the value stored
                 with the pipeline.
@@ -136,6 +138,8 @@ class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, Editin
             guidance_scale = 0.0 if labels is None else self.config.default_guidance_scale
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
         config = self.energy_model.config
         check_counts(num_images_per_label, num_inference_steps, batch_size, config.num_train_timesteps)
         num_images = num_images_per_label * (1 if labels is None else len(labels))

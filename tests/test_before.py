@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from tiny import write_images
 
@@ -45,6 +46,8 @@ def test_pipelines_classify_and_sample_as_before(source):
     pipeline = load_pipeline(f"before/{source}", "cpu")
     assert type(pipeline) is EGCPipeline
     pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert pipeline.config.default_num_inference_steps == 50
     name = "exported" if source == "export" else source
     output = pipeline.classify(torch.from_numpy(np.random.default_rng(1).random((2, 3, 8, 8), dtype=np.float32)))
     assert_as_computed(output.logits, f"{name}.logits")

@@ -35,7 +35,7 @@ FIRST_COMMANDS = """\
 To begin, on scikit-learn's digits; a folder of photographs in their place does as well:
 
   latent-egc init digits --autoencoder digits_vae > digits.yaml
-  latent-egc train digits.yaml data.latent_cache=null "model.block_out_channels=[32, 64]"
+  latent-egc train digits.yaml data.latent_cache=null "model.block_out_channels=[32, 64]" training.learning_rate=2e-3
   latent-egc sample runs/digits32 --classes 3 8 --output samples
   latent-egc classify runs/digits32 samples
 """

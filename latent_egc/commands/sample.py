@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--num-images", type=positive_integer, default=None, help="in all, classes in turn; no grid")
     parser.add_argument("--npz", action="store_true", help="with --num-images: one file, as ADM's evaluator reads it")
     parser.add_argument("--batch-size", type=positive_integer, default=64, help="of --num-images (default 64)")
-    parser.add_argument("--steps", type=positive_integer, default=50, help="solver steps (default 50)")
+    parser.add_argument("--steps", type=positive_integer, help="solver steps (default: the pipeline's own)")
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the pipeline's own")
     shares = {"nargs": 2, "type": float, "default": (0.0, 1.0), "metavar": ("START", "STOP")}
     parser.add_argument("--guidance-interval", **shares, help="shares of the noise levels guided in (default 0 1)")

@@ -24,7 +24,7 @@ from latent_egc.data.stream import clean_share
 from latent_egc.data.views import PixelViews, Views
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.schedulers import default_scheduler
+from latent_egc.pipelines.schedulers import DEFAULT_SOLVER, DEFAULT_STEPS, default_scheduler, solver
 
 # Keys of the section `training` that a launcher may set, through these variables of Accelerate's.
 LAUNCHER_VARIABLES = {
@@ -163,9 +163,10 @@ def build_pipeline(
     return EGCPipeline(
         energy_model=model,
         vae=vae,
-        scheduler=default_scheduler(model),
+        scheduler=solver(DEFAULT_SOLVER, default_scheduler(model)),
         id2label=dict(enumerate(class_names)),
         default_guidance_scale=guidance_scale,
+        default_num_inference_steps=DEFAULT_STEPS,
     )
 
 

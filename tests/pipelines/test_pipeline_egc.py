@@ -426,6 +426,8 @@ def test_bad_names_and_scale():
         EGCPipeline(model, None, default_scheduler(model), {0: "cat"})
     with pytest.raises(ValueError, match="default_guidance_scale"):
         EGCPipeline(model, None, default_scheduler(model), default_guidance_scale=0.5)
+    with pytest.raises(ValueError, match="default_num_inference_steps must be at least 1, got 0"):
+        EGCPipeline(model, None, default_scheduler(model), default_num_inference_steps=0)
     assert EGCPipeline(model, None, default_scheduler(model)).id2label == {0: "0", 1: "1", 2: "2"}
 
 

@@ -1,10 +1,14 @@
 """From a configuration to the parts of a run."""
 
 import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from tiny import TINY_BACKBONES
 from tiny_runs import run_values
 
+from latent_egc import EGCPipeline
 from latent_egc.config import ConfigError, parse_config
-from latent_egc.training.build import resolve
+from latent_egc.training.build import build_pipeline, resolve
 from latent_egc.training.loop import train
 
 
@@ -30,3 +34,14 @@ def test_the_clean_branch_sees_whole_rows():
     assert resolve(parse_config(values | {"objective": {"clean_fraction": 0.1}})).objective.clean_fraction == 0.1
     with pytest.raises(ConfigError, match=r"objective.clean_fraction must be a whole number of rows .*=30, got 0.25"):
         resolve(parse_config(values | {"objective": {"clean_fraction": 0.25}}))
+
+
+def test_a_trained_pipeline_samples_in_few_steps_of_its_own_and_keeps_their_number(tmp_path):
+    pipeline = build_pipeline(TINY_BACKBONES["unet"](), None, ["a", "b", "c"], 2.0)
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    for loaded in (pipeline, EGCPipeline.from_pretrained(tmp_path)):
+        loaded.set_progress_bar_config(disable=True)
+        loaded(1, output_type="latent", generator=torch.Generator().manual_seed(0))
+        assert loaded.num_timesteps == 15
