@@ -184,26 +184,27 @@ def config_of(name: str, path: Path, folder: Path, seed: int, overrides: Sequenc
     if form.equal_units:
         pair = [FORMS["small_classifier"], FORMS["small_noise_predictor"]]
         configs = [with_keys(*other.overrides, *small) for other in pair]
-        units = [units_an_image(other.objective, own, joint) for other, own in zip(pair, configs, strict=True)]
-        steps = round(steps * units_an_image(EGCObjective, joint, joint) / sum(units))
+        one = multiply_adds(joint.model)
+        units = [units_an_image(other.objective, own, one) for other, own in zip(pair, configs, strict=True)]
+        steps = round(steps * training_passes(EGCObjective, joint) / sum(units))
     keys = (f"training.max_steps={steps}", f"training.sample_every={steps + 1}")
     return with_keys(*form.overrides, *small, *keys), joint
 
 
-def units_an_image(objective: type[EGCObjective], config: Config, joint: Config) -> float:
-    """`training_passes` in units."""
-    return training_passes(objective, config) * multiply_adds(config.model) / multiply_adds(joint.model)
+def units_an_image(objective: type[EGCObjective], config: Config, one: int) -> float:
+    """`training_passes` in units, of so many multiply-adds."""
+    return training_passes(objective, config) * multiply_adds(config.model) / one
 
 
 def train_form(name: str, path: Path, folder: Path, seed: int, overrides: Sequence[str]) -> Path:
     """Trains a form and writes form.json, what it costs, into its folder, which is returned."""
     config, joint = config_of(name, path, folder, seed, overrides)
     run, objective, training = Path(config.output_dir), FORMS[name].objective, config.training
-    passes, cost = sampling_passes(objective, config), multiply_adds(config.model) / multiply_adds(joint.model)
+    cost, to_sample = multiply_adds(config.model) / multiply_adds(joint.model), sampling_passes(objective, config)
     known = {
         "training images": training.max_steps * training.train_batch_size * (training.gradient_accumulation_steps or 1),
-        "units an image": units_an_image(objective, config, joint),
-        "units a sample": None if passes is None else passes * cost,
+        "units an image": training_passes(objective, config) * cost,
+        "units a sample": None if to_sample is None else to_sample * cost,
     }
     run.mkdir(parents=True, exist_ok=True)
     replace_text(run / "form.json", json.dumps({"form": name, "seed": seed, "known": known}, indent=1))
