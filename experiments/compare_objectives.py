@@ -1,10 +1,10 @@
 """Trains one network by several forms of the objective, at equal units or at equal steps, and prints a table.
 
-    python experiments/compare_objectives.py configs/imagenette64.yaml runs/forms --forms embedding --seeds 0 1 \
-        "model.block_out_channels=[48, 96]" model.norm_num_groups=16 training.learning_rate=1e-3
+    python experiments/compare_objectives.py configs/imagenette64.yaml runs/forms "model.block_out_channels=[48, 96]" \
+        model.norm_num_groups=16 training.learning_rate=1e-3 --forms embedding --seeds 0 1
     python experiments/compare_objectives.py configs/digits.yaml runs/options --forms options --steps 300
-    python experiments/compare_objectives.py configs/imagenette64.yaml runs/forms --forms ablations --seeds 0 1 \
-        --plot runs/forms/ablations.png
+    python experiments/compare_objectives.py configs/imagenette64.yaml runs/forms --forms ablations orders \
+        --seeds 0 1 --plot runs/forms/forms.png
 
 A unit is a forward pass of a batch through the trunk, see `latent_egc/objective.py`; a form of fewer units a step takes
 more steps. A run that is there already is read, one that was stopped goes on; several calls with `--only` train side by
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import PercentFormatter
 from noise_prediction import FieldObjective, NoiseObjective
 
 from latent_egc.config import load_config
@@ -192,7 +193,7 @@ def plot(found: Mapping[str, Sequence[Result]], path: Path) -> None:
         style = {"color": f"C{number % 10}", "marker": "os^D"[number // 10 % 4], "linestyle": "none"}
         axes.errorbar(*mean, xerr=spread[:, :1], yerr=spread[:, 1:], label=name, elinewidth=0.8, **style)
     axes.set(xlabel="denoising loss", ylabel="accuracy")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=7)
@@ -205,15 +206,15 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="the run that all forms start from")
     parser.add_argument("folder", type=Path, help="for the runs, one folder each")
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="of all runs")
-    parser.add_argument("--forms", choices=FORMS, required=True, help="which are compared")
+    parser.add_argument("--forms", choices=FORMS, nargs="+", required=True, help="which are compared")
     parser.add_argument("--only", nargs="+", default=[], metavar="FORM", help="of these, the ones so called")
     parser.add_argument("--steps", type=int, default=500, help="of a form of 9 units (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run each (default 0)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="accuracy against denoising loss of all forms")
     options = parser.parse_intermixed_args()
-    forms = FORMS[options.forms]
+    forms = {name: form for group in options.forms for name, form in FORMS[group].items()}
     if unknown := [name for name in options.only if name not in forms]:
-        parser.error(f"--only: {options.forms} has no form {unknown[0]!r}, only {', '.join(map(repr, forms))}")
+        parser.error(f"--only: there is no form {unknown[0]!r} among these, only {', '.join(map(repr, forms))}")
 
     found: dict[str, list[Result]] = {}
     for seed in options.seeds:

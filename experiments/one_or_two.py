@@ -11,7 +11,8 @@
 again, what was stopped goes on. `measure` writes measured.json into that folder, and the suites' report beside it,
 whose finished suites are read. All forms see the same images, views and noise, by the seed, at the same batch, learning
 rate and average. `joint` is the run of the configuration; the others have its trunk, the small ones at width / sqrt(2),
-which is half the parameters each. One at "units" takes as many steps as make the small pair's units the joint one's.
+about half the parameters each; the nearer, the fewer groups the norms have: model.norm_num_groups=8, for all forms
+alike. One at "units" takes as many steps as make the small pair's units the joint one's.
 
     joint               the energy network: it classifies, and its gradient denoises
     classifier          the cross entropy of clean latents alone
@@ -21,7 +22,8 @@ which is half the parameters each. One at "units" takes as many steps as make th
 A unit is a forward pass of one image through the joint network's trunk, a backward pass by the input another; through
 another trunk it is as much of a unit as that trunk's multiply-adds, which are counted, are of the joint one's. The
 samplers have the same scheduler, steps, starting noise, guidance scale and judge, those of the configuration: w is the
-power in p(z) p(y | z)^w for both.
+power in p(z) p(y | z)^w for both. The denoising loss is without a label, which a tenth of the noise predictor's rows
+are; the energy of a network that was never trained to denoise is no density, whatever it tells apart.
 """
 
 import argparse

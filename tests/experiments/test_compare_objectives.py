@@ -37,7 +37,7 @@ def table(script, tmp_path, monkeypatch, capsys):
     return table
 
 
-def test_forms_are_trained_at_equal_units_once(script, table, monkeypatch, tmp_path):
+def test_forms_are_trained_at_equal_units_once(script, table, monkeypatch, capsys, tmp_path):
     names = ["all, drop 0.1", "dropped, drop 0.5, clean 0.5"]
     found = table("embedding", "--only", *names, "--steps", "4")
     assert [cells[:4] for cells in found] == [[names[0], "0", "12", "3"], [names[1], "0", "7.5", "5"]]
@@ -56,7 +56,8 @@ def test_forms_are_trained_at_equal_units_once(script, table, monkeypatch, tmp_p
     assert cells[4] == f"{accuracy + 0.1:.1%} ({accuracy:.1%} to {accuracy + 0.2:.1%})"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        table("embedding", "--only", "plain")
+        table("embedding", "--only", "plain", "--steps", "4")
+    assert "no form 'plain' among these" in capsys.readouterr().err
 
 
 def test_what_is_learned_first_takes_half_of_the_units_and_is_gone_on_from(script, table, tmp_path):
