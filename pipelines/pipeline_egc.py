@@ -134,12 +134,9 @@ class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, Editin
                 by name.
         """
         labels = self.label_ids(class_labels)
-        if guidance_scale is None:
-            guidance_scale = 0.0 if labels is None else self.config.default_guidance_scale
+        num_inference_steps, guidance_scale = self._or_stored(num_inference_steps, guidance_scale, labels is None)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
         config = self.energy_model.config
         check_counts(num_images_per_label, num_inference_steps, batch_size, config.num_train_timesteps)
         num_images = num_images_per_label * (1 if labels is None else len(labels))
@@ -187,6 +184,16 @@ class EGCPipeline(CertifyingPipeline, ComposingPipeline, DensityPipeline, Editin
             output.images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
+
+    def _or_stored(
+        self, num_inference_steps: int | None, guidance_scale: GuidanceScale | None, unlabelled: bool
+    ) -> tuple[int, GuidanceScale]:
+        """Both, or what is stored with the pipeline where they are None."""
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = 0.0 if unlabelled else self.config.default_guidance_scale
+        return num_inference_steps, guidance_scale
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         """Height and width of latents, where those of the images are given in pixels. Raises ValueError by name."""

@@ -84,7 +84,7 @@ def in_small(method):
         bound = inspect.signature(method).bind(*arguments, **options)
         bound.apply_defaults()
         bound.arguments.update(
-            {key: min(bound.arguments[key], most) for key, most in MOST.items() if key in bound.arguments}
+            {key: min(bound.arguments[key] or most, most) for key, most in MOST.items() if key in bound.arguments}
         )
         return method(*bound.args, **bound.kwargs)
 

@@ -9,5 +9,6 @@ SCRIPTS = sorted(path for folder in ("examples", "experiments") for path in (ROO
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_can_be_imported(script):
+def test_a_script_can_be_imported(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(script.parent))  # as python does where it runs one
     runpy.run_path(str(script), run_name="imported")

@@ -38,7 +38,7 @@ def test_small_photographs_on_a_cpu_get_the_settings_that_are_known_to_train():
     training = config.training
     assert (training.train_batch_size, training.learning_rate, training.ema_decay) == (48, 6e-4, 0.995)
     assert (training.max_steps, training.warmup_steps, training.lr_schedule) == (850, 42, "cosine")
-    assert (config.sampling.guidance_scale, config.sampling.num_inference_steps) == (4.0, 30)
+    assert (config.sampling.guidance_scale, config.sampling.num_inference_steps) == (4.0, 15)
     assert (config.output_dir, config.data.latent_cache) == ("runs/my_photos64", "runs/my_photos64_latents")
 
 

@@ -119,14 +119,12 @@ def _choice(way: Solved, schedulers: dict[str, SchedulerMixin]) -> str:
     """Which way the rule chooses, and how it becomes the default."""
     text = (
         f"Chosen: {way.solver} with {way.num_evaluations} evaluations, the fewest whose Frechet distance is within "
-        f"{100 * TOLERANCE:g} % of the smallest; num_inference_steps={way.num_inference_steps} in each call."
+        f"{100 * TOLERANCE:g} % of the smallest. To make it the pipeline's own: "
     )
-    if way.solver == OWN:
-        return text
-    return (
-        f"{text} To make it the pipeline's own: pipeline.scheduler = solver({way.solver!r}, pipeline.scheduler) of "
-        "latent_egc.pipelines.schedulers, pipeline.save_pretrained(FOLDER)."
-    )
+    if way.solver != OWN:
+        text += f"pipeline.scheduler = solver({way.solver!r}, pipeline.scheduler) of latent_egc.pipelines.schedulers, "
+    steps = f"pipeline.register_to_config(default_num_inference_steps={way.num_inference_steps})"
+    return f"{text}{steps}, pipeline.save_pretrained(FOLDER)."
 
 
 def _table(ways: Sequence[Solved], found: Sequence[Quality], best: int) -> Table:
