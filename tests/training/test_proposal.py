@@ -95,3 +95,8 @@ def test_unreadable_images_are_skipped_and_an_accelerator_multiplies_in_bf16():
     assert proposed(machine=GPU).config.training.mixed_precision == "bf16"
     with pytest.raises(ConfigError, match=r"data\.image_size must be divisible"):
         proposed(size=60)
+
+
+def test_photographs_are_mirrored_and_characters_are_not():
+    assert proposed().config.data.horizontal_flip
+    assert not proposed(found(classes=("3", "8"))).config.data.horizontal_flip
