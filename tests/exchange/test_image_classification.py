@@ -74,7 +74,7 @@ def test_logits_and_energy_are_those_of_classify_to_the_bit(exported):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_a_device_map_give_what_the_pipeline_gives(exported, dtype):
     pixels = torch.rand(3, 3, 8, 8)
-    expected = EGCPipeline.from_pretrained(exported, dtype=dtype).classify(pixels)
+    expected = EGCPipeline.from_pretrained(exported, torch_dtype=dtype).classify(pixels)
     model = EGCForImageClassification.from_pretrained(exported, dtype=dtype, device_map="auto")
     assert model.dtype == dtype
     assert torch.equal(model(2 * pixels - 1).logits, expected.logits)
@@ -303,5 +303,5 @@ def test_no_code_of_a_folder_is_run_without_the_flag(tmp_path):
     folder = make_export(tmp_path)
     (folder / "image_classification.py").write_text("raise SystemExit('was run')")
     assert type(AutoModelForImageClassification.from_pretrained(folder)) is EGCForImageClassification
-    assert type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)) is EGCImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(folder)) is EGCImageProcessor
     assert EGCConfig.from_pretrained(folder).weights_in_components
