@@ -65,6 +65,7 @@ def test_a_compiled_step_passes_and_is_not_compiled_again_for_training():
     objective = EGCObjective(model, 0.5)
     objective.forward = CompiledForward(objective, backend="aot_eager")
     accelerator = Accelerator(cpu=True)
+    torch.compiler.reset()  # the objectives of other tests are compiled forms of the same function
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert check_gradients(objective, inputs(), accelerator) < 1e-5
         prepared = accelerator.prepare(objective)
