@@ -15,6 +15,16 @@ from latent_egc.pipelines.schedulers import default_scheduler
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 ROOT = Path(__file__).resolve().parents[1]
 
+# Begins a script in which importing latent_egc fails, as on a machine that has only the libraries it stands on.
+WITHOUT_THE_PACKAGE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "latent_egc":
+            raise ModuleNotFoundError("No module named 'latent_egc'")
+sys.meta_path.insert(0, Refuse())
+"""
+
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data and weights in ../shared")
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from fake_hub import serve
 from safetensors.torch import load_file
-from tiny import tiny_dc, tiny_kl, tiny_pipeline, tiny_qwen, tiny_taesd
+from tiny import WITHOUT_THE_PACKAGE, tiny_dc, tiny_kl, tiny_pipeline, tiny_qwen, tiny_taesd
 from tiny_runs import run_values
 from transformers import AutoModelForImageClassification
 
@@ -31,13 +31,9 @@ from latent_egc.training.loop import train
 TESTS = Path(__file__).resolve().parents[1]
 
 # Runs where importing latent_egc fails, as on a machine that has only diffusers.
-STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "latent_egc":
-            raise ModuleNotFoundError("No module named 'latent_egc'")
-sys.meta_path.insert(0, Refuse())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from diffusers import DiffusionPipeline
 source, out, tests = sys.argv[1:]
@@ -53,6 +49,7 @@ output = pipeline.classify(torch.load(out + "/pixels.pt"))
 images = pipeline(["cat", "cow"], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
 torch.save({"images": images.images, "logits": output.logits, "energy": output.energy}, out + "/values.pt")
 """
+)
 
 
 def make_run(folder, **overrides):
@@ -302,6 +299,8 @@ def test_an_autoencoder_that_is_another_is_refused(tmp_path):
         vae.save_pretrained(tmp_path / name)
         with pytest.raises(ConfigError, match=message):
             export(tmp_path / "run", tmp_path / "exported", autoencoder=str(tmp_path / name))
+    tiny_kl().half().save_pretrained(tmp_path / "half")  # the same, as it is stored on the Hub or beside a run
+    export(tmp_path / "run", tmp_path / "named", autoencoder=str(tmp_path / "half"))
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
         with pytest.raises(ConfigError, match=rf"autoencoder='.*{name}' cannot be loaded"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import TINY_BACKBONES, gradient_image, tiny_kl, tiny_pipeline, tiny_qwen, tiny_taesd
+from tiny import TINY_BACKBONES, WITHOUT_THE_PACKAGE, gradient_image, tiny_kl, tiny_pipeline, tiny_qwen, tiny_taesd
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers import pipeline as transformers_pipeline
 
@@ -255,13 +255,9 @@ def test_an_exported_folder_is_still_a_pipeline_to_start_and_to_probe_from(tmp_p
 
 
 # Runs where importing latent_egc fails, as on a machine that has transformers and diffusers alone.
-STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "latent_egc":
-            raise ModuleNotFoundError("No module named 'latent_egc'")
-sys.meta_path.insert(0, Refuse())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 out, *sources = sys.argv[1:]
@@ -281,6 +277,7 @@ assert classify(images[0], top_k=1)[0]["label"] == model.config.id2label[found[0
 assert "latent_egc" not in sys.modules
 torch.save(found, out + "/found.pt")
 """
+)
 
 
 def test_without_the_package_the_code_in_the_folder_gives_the_same_bits(tmp_path):

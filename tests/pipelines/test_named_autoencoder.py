@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny import tiny_kl, tiny_pipeline, tiny_taesd, tiny_unet
+from tiny import WITHOUT_THE_PACKAGE, tiny_kl, tiny_pipeline, tiny_taesd, tiny_unet
 
 from latent_egc import EGCPipeline
 from latent_egc.exchange.export import add_transformers_files
@@ -114,13 +114,9 @@ def test_nothing_but_safetensors_of_an_autoencoder_is_read(tmp_path, taesd):
 
 
 # Runs where importing latent_egc fails, and from the Hub's cache alone.
-STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "latent_egc":
-            raise ModuleNotFoundError("No module named 'latent_egc'")
-sys.meta_path.insert(0, Refuse())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoModelForImageClassification
@@ -136,6 +132,7 @@ for name in names:
     logits.append(model(2 * pixels - 1).logits.detach())
 torch.save(logits, out + "/logits.pt")
 """
+)
 
 
 def test_strangers_load_it_by_a_hub_id(tmp_path):

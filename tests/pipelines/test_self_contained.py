@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from tiny import generator, tiny_pipeline, tiny_unet
+from tiny import WITHOUT_THE_PACKAGE, generator, tiny_pipeline, tiny_unet
 
 from latent_egc import EGCPipeline, EGCUNet
 from latent_egc.pipelines.schedulers import default_scheduler
@@ -19,13 +19,9 @@ from latent_egc.pipelines.schedulers import default_scheduler
 CODE_FILES = {"pipeline_egc.py", "energy_model/unet.py"}
 
 # Runs where importing latent_egc fails: loads FIRST, saves it as SECOND, loads that, and is refused FIRST once damaged.
-STRANGER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "latent_egc":
-            raise ModuleNotFoundError("No module named 'latent_egc'")
-sys.meta_path.insert(0, Refuse())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 import os
 import torch
 from diffusers import DiffusionPipeline
@@ -61,6 +57,7 @@ for folder, name in (("energy_model", "conv_out.weight"), ("vae", "decoder.conv_
         raise AssertionError(name)
     os.rename(file + ".whole", file)
 """
+)
 
 
 def files(folder):
