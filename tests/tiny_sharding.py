@@ -66,4 +66,5 @@ if __name__ == "__main__":
         found[run] = gradients_of_two_steps(*run.split("-"), accelerator)
     if accelerator.is_main_process:
         torch.save(found, sys.argv[1])
+    accelerator.free_memory()  # see training/ddp_gradients.py
     accelerator.end_training()
