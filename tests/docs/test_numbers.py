@@ -17,7 +17,7 @@ README_ROWS = {
     "accuracy": [("classification", "top-1 accuracy")],
     "samples of the requested class": [JUDGED],
     "real images that the judge": [JUDGE],
-    "recall": [("generation", "recall-.*")],
+    "recall": [("generation", r"recall-[^,]*")],
     "error under 15": [("corruption", "mean error")],
     "AUROC of the energy": [("ood", "AUROC, energy, clean latents")],
 }
@@ -43,7 +43,7 @@ RESULTS_ROWS = {
     "FD-SqueezeNet to the training": [("generation", "FD-squeezenet1_1")],
     "... of validation images": [("generation", "FD-squeezenet1_1, validation images through the autoencoder")],
     "KID-SqueezeNet": [("generation", "KID-squeezenet1_1")],
-    "precision, recall": [("generation", "precision-.*"), ("generation", "recall-.*")],
+    "precision, recall": [("generation", r"precision-[^,]*"), ("generation", r"recall-[^,]*")],
     "of the requested class": [JUDGED],
     "the judge's own": [JUDGE],
 }

@@ -79,7 +79,7 @@ def test_the_name_may_be_that_of_a_pipeline(tmp_path):
 
 def test_it_has_the_energy_networks_precision(tmp_path, taesd):
     named_pipeline(taesd).save_pretrained(tmp_path / "saved")
-    found = EGCPipeline.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    found = EGCPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
     assert (found.energy_model.dtype, found.vae.dtype) == (torch.bfloat16, torch.bfloat16)
     assert EGCPipeline.from_pretrained(tmp_path / "saved").vae.dtype == torch.float32
 

@@ -40,6 +40,7 @@ class Settings(InstrumentSettings):
     kid_subset_size: int = within(1000, 2)
 
 
+THROUGH = ", validation images through the autoencoder"
 SHOWN_CLASSES, SHOWN_PER_CLASS, SHOWN_NEIGHBOURS = 10, 8, 5
 
 
@@ -67,9 +68,11 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
             notes += too_few(extractor, what, num_images, found.shape[1])
         metrics[f"FD-{extractor.name}"] = Metric(frechet_distance(real_moments, moments(generated)))
         if real is not None:
-            metrics |= _kernel_distance_precision_and_recall(context, settings, extractor.name, real, generated)
-        distance = Metric(frechet_distance(real_moments, moments(floor)))
-        metrics[f"FD-{extractor.name}, validation images through the autoencoder"] = distance
+            metrics |= _kernel_distance(context, settings, extractor.name, real, generated)
+            metrics |= _precision_and_recall(extractor.name, real, generated)
+        metrics[f"FD-{extractor.name}{THROUGH}"] = Metric(frechet_distance(real_moments, moments(floor)))
+        if real is not None:
+            metrics |= _precision_and_recall(extractor.name, real, floor, THROUGH)
         if extractor.to_logits is not None:
             logits = extractor.to_logits(torch.from_numpy(generated))
             score, deviation = inception_score(logits, context.settings.seed)
@@ -121,18 +124,17 @@ def _what_was_compared(context: EvaluationContext, settings: Settings, quality: 
     )
 
 
-def _kernel_distance_precision_and_recall(
+def _kernel_distance(
     context: EvaluationContext, settings: Settings, name: str, real: np.ndarray, generated: np.ndarray
 ) -> dict[str, Metric]:
     subsets, size = settings.kid_subsets, settings.kid_subset_size
     kid, deviation = kernel_distance(real, generated, subsets, size, context.settings.seed)
-    precision, recall = precision_and_recall(real, generated)
-    return {
-        f"KID-{name}": Metric(kid),
-        f"KID-{name}, deviation over subsets": Metric(deviation),
-        f"precision-{name}": Metric(precision, percent=True),
-        f"recall-{name}": Metric(recall, percent=True),
-    }
+    return {f"KID-{name}": Metric(kid), f"KID-{name}, deviation over subsets": Metric(deviation)}
+
+
+def _precision_and_recall(name: str, real: np.ndarray, generated: np.ndarray, whose: str = "") -> dict[str, Metric]:
+    found = zip(("precision", "recall"), precision_and_recall(real, generated), strict=True)
+    return {f"{what}-{name}{whose}": Metric(value, percent=True) for what, value in found}
 
 
 def _grid(context: EvaluationContext, samples: torch.Tensor, labels: np.ndarray | None) -> Figure:

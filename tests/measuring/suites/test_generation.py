@@ -6,6 +6,8 @@ import torch
 from tiny_studies import Brightness, measure, scipy_frechet
 
 from latent_egc.config import ConfigError
+from latent_egc.measuring.feature_extractors import precision_and_recall
+from latent_egc.measuring.judges import reconstructed
 from latent_egc.measuring.sample_quality import sample_images
 from latent_egc.measuring.suites import generation
 
@@ -25,6 +27,10 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
     real = Brightness()(context.pixel_values(train, range(len(train))) / 2 + 0.5).numpy()
     generated = Brightness()(samples / 255).numpy()
     assert result.metrics["FD-brightness"].value == pytest.approx(scipy_frechet(real, generated), rel=1e-3)
+    decoded = reconstructed(context, context.splits.validation, context.rows)
+    of_decoded = precision_and_recall(real, Brightness()(decoded / 255).numpy())
+    for name, value in zip(("precision", "recall"), of_decoded, strict=True):
+        assert result.metrics[f"{name}-brightness, validation images through the autoencoder"].value == value
     agreement = (Brightness(as_logits=True)(samples / 255).argmax(1).numpy() == np.arange(9) % 3).mean()
     assert result.metrics["class agreement by judge"].value == pytest.approx(agreement)
     assert [(figure.name, figure.shows_data) for figure in result.figures] == [("samples", False), ("neighbours", True)]
