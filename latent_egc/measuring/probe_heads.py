@@ -1,9 +1,9 @@
 """Classification heads on frozen features: the linear probe, and networks with the one loop that trains them."""
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -135,8 +135,8 @@ class HeadsSettings:
     epochs: int = within(20, 1)
     train_batch_size: int = within(64, 1)
     sgd_learning_rate: float = within(0.003, 1e-9)  # of the linear head, SGD with momentum 0.9
-    learning_rate: float = within(1e-3, 1e-9)  # of the others, AdamW; both decay to 0 on a cosine
-    weight_decay: float = within(0.05, 0.0)  # AdamW's
+    learning_rates: tuple[float, ...] = within((1e-3,), 1e-9)  # of the others, AdamW; all fall to 0 on a cosine
+    weight_decays: tuple[float, ...] = within((0.05,), 0.0)  # AdamW's; of several, held-out rows choose for each head
     width: int = within(256, 4)  # of the hidden layers and of the tokens, divisible by 4
     neighbours: int = within(20, 1)
 
@@ -206,40 +206,83 @@ class FusionHead(nn.Module):
 
 def train_head(
     head: nn.Module,
+    optimizer: torch.optim.Optimizer,
     inputs: Sequence[torch.Tensor],
     labels: torch.Tensor,
-    settings: HeadsSettings,
+    epochs: int,
+    batch_size: int,
     seed: int,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
-    epochs: int | None = None,
 ) -> None:
-    """Minimises the cross entropy over the parameters of `head` that require grad, on the head's device.
+    """Minimises the cross entropy, on the head's device; the learning rate falls to 0 on a cosine.
 
     Args:
         head: takes the `inputs`' batches, returns logits (N, K).
+        optimizer: of its parameters.
         inputs: (N, ...) each, row i of all of them belonging together.
         labels: (N,) int64.
-        settings: epochs (unless `epochs` are given), batch size, learning rates; the rate falls to 0 on a cosine.
+        epochs, batch_size: how often and how many rows.
         seed: of the order.
-        optimizer: AdamW, or SGD with momentum 0.9.
     """
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    device, epochs = parameters[0].device, epochs or settings.epochs
-    if optimizer == "sgd":
-        method = torch.optim.SGD(parameters, settings.sgd_learning_rate, momentum=0.9)
-    else:
-        method = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
-    batches_an_epoch = -(-len(labels) // settings.train_batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(method, epochs * batches_an_epoch)
+    device = next(head.parameters()).device
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(labels) // batch_size))
     generator = torch.Generator().manual_seed(seed)
     head.train()
     for _ in tqdm(range(epochs), desc="train head", leave=False):
-        for rows in torch.randperm(len(labels), generator=generator).split(settings.train_batch_size):
+        for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
             loss = F.cross_entropy(head(*(x[rows].to(device) for x in inputs)), labels[rows].to(device))
-            method.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            method.step()
+            optimizer.step()
             schedule.step()
+
+
+def fit_head(
+    build: Callable[[], nn.Module],
+    inputs: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    settings: HeadsSettings,
+    held_out: float,
+    seed: int,
+    epochs: int | None = None,
+) -> tuple[nn.Module, str]:
+    """A head trained by AdamW; held-out rows choose learning rate and weight decay where there are several.
+
+    Args:
+        build: makes the head, on its device; its random numbers are those of the seed.
+        inputs, labels: as for `train_head`, of all training rows.
+        settings: of the heads.
+        held_out: share of the rows that chooses; the chosen one is trained anew on all rows.
+        seed: of the held-out rows, the head's initialisation and the order.
+        epochs: None: those of the settings.
+
+    Returns:
+        The head, and what was chosen, for a reader.
+
+    Raises:
+        ConfigError: there is a choice, and too few rows for it.
+    """
+
+    def trained(rows: torch.Tensor, learning_rate: float, weight_decay: float) -> nn.Module:
+        torch.manual_seed(seed)
+        head = build()
+        optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=weight_decay)
+        parts = [x[rows] for x in inputs], labels[rows]
+        train_head(head, optimizer, *parts, epochs or settings.epochs, settings.train_batch_size, seed)
+        return head
+
+    candidates = list(itertools.product(settings.learning_rates, settings.weight_decays))
+    scores: dict[tuple[float, float], float] = {}
+    if len(candidates) > 1:
+        fitting, choosing = (torch.from_numpy(rows) for rows in held_out_split(labels.numpy(), held_out, seed))
+        for candidate in candidates:
+            head = trained(fitting, *candidate)
+            predicted = predict(head, [x[choosing] for x in inputs], settings.train_batch_size)
+            scores[candidate] = (predicted == labels[choosing]).double().mean().item()
+    learning_rate, weight_decay = max(scores, key=lambda candidate: scores[candidate]) if scores else candidates[0]
+    chosen = f"learning rate {learning_rate:g}, weight decay {weight_decay:g}"
+    if scores:
+        chosen += f", of {len(scores)} by {scores[learning_rate, weight_decay]:.1%} of the held-out rows"
+    return trained(torch.arange(len(labels)), learning_rate, weight_decay), chosen
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
 """Heads on frozen features."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from latent_egc.config import ConfigError
 from latent_egc.measuring.probe_heads import (
     FusionHead,
     HeadsSettings,
     cnn_head,
+    fit_head,
     linear_head,
     mlp_head,
     predict,
@@ -22,8 +26,8 @@ def test_sgd_finds_the_logistic_regression():
     labels = rng.integers(0, 2, 400)
     features = (rng.standard_normal((400, 3, 1, 1)) + labels[:, None, None, None] * 0.7).astype(np.float32)
     head = linear_head(3, 1, 2)
-    settings = HeadsSettings(epochs=60, sgd_learning_rate=0.05)
-    train_head(head, [torch.from_numpy(features)], torch.from_numpy(labels), settings, seed=0, optimizer="sgd")
+    optimizer = torch.optim.SGD(head.parameters(), 0.05, momentum=0.9)
+    train_head(head, optimizer, [torch.from_numpy(features)], torch.from_numpy(labels), 60, 64, seed=0)
     expected = LogisticRegression(C=1e6).fit(features.reshape(400, 3), labels)
     weight = head[1].weight[1] - head[1].weight[0]
     assert weight.tolist() == pytest.approx(expected.coef_[0].tolist(), abs=0.05)
@@ -36,14 +40,36 @@ def test_heads_learn_what_no_plane_separates(kind):
     labels = (corners.prod(axis=1) > 0).astype(int)
     maps = np.tile(corners[:, :, None, None], (1, 1, 2, 2)) + 0.2 * rng.standard_normal((256, 2, 2, 2))
     maps, labels = torch.from_numpy(maps.astype(np.float32)), torch.from_numpy(labels)
-    torch.manual_seed(0)
-    head = {
+    build = {
         "MLP": lambda: mlp_head(2, 2, 2, 16),
         "CNN": lambda: cnn_head(2, 2, 16),
         "attention": lambda: FusionHead([(2, 2)], 1, 2, 16),
-    }[kind]()
-    train_head(head, [maps], labels, HeadsSettings(epochs=30, learning_rate=1e-2), seed=0)
+    }[kind]
+    settings = HeadsSettings(epochs=30, learning_rates=(1e-2,))
+    head, chosen = fit_head(build, [maps], labels, settings, 0.2, seed=0)
+    assert chosen == "learning rate 0.01, weight decay 0.05"
     assert (predict(head, [maps], 100) == labels).double().mean() > 0.97
+
+
+def test_held_out_rows_choose_among_settings_and_all_rows_train():
+    """The best of four is not the first; what is returned is that one, as trained on every row with the same seed."""
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(rng.integers(0, 2, 300))
+    maps = torch.from_numpy(rng.standard_normal((300, 3, 1, 1)).astype(np.float32)) + labels[:, None, None, None]
+    settings = HeadsSettings(epochs=5, learning_rates=(1e-9, 1e-2), weight_decays=(0.0, 1e3))
+
+    def build():
+        return linear_head(3, 1, 2)
+
+    head, chosen = fit_head(build, [maps], labels, settings, 0.2, seed=3)
+    assert re.fullmatch(r"learning rate 0\.01, weight decay 0, of 4 by \d\d\.\d% of the held-out rows", chosen)
+    torch.manual_seed(3)
+    expected = build()
+    optimizer = torch.optim.AdamW(expected.parameters(), 1e-2, weight_decay=0)
+    train_head(expected, optimizer, [maps], labels, 5, settings.train_batch_size, seed=3)
+    assert torch.equal(head[1].weight, expected[1].weight)
+    with pytest.raises(ConfigError, match=r"linear\.held_out"):
+        fit_head(build, [maps[:2]], labels[:2], settings, 0.2, seed=3)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import nn
 from latent_egc.config import within
 from latent_egc.measuring.denoisers import Denoiser
 from latent_egc.measuring.probe_context import CHOICE_NOTE, Place, ProbeContext
-from latent_egc.measuring.probe_heads import FusionHead, linear_probe, predict, train_head
+from latent_egc.measuring.probe_heads import FusionHead, fit_head, linear_probe, predict
 from latent_egc.measuring.results import SuiteResult
 
 
@@ -99,21 +99,27 @@ def run(context: ProbeContext, settings: Settings) -> SuiteResult:
     config = context.settings.linear
     flat = [np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1) for arrays in (train, validation)]
     _, joined = linear_probe(flat[0], context.train_labels, flat[1], context.labels, config, seed)
-    torch.manual_seed(seed)
     device, num_classes = context.denoiser.network.device, len(context.class_names)
     shapes = [array.shape[1:3] for array in train[: len(blocks)]]
-    head = FusionHead(shapes, len(timesteps), num_classes, heads.width).to(device)
-    labels = torch.from_numpy(context.train_labels)
-    train_head(head, [torch.from_numpy(x) for x in train], labels, heads, seed)
+    maps, labels = [torch.from_numpy(x) for x in train], torch.from_numpy(context.train_labels)
+
+    def build() -> nn.Module:
+        return FusionHead(shapes, len(timesteps), num_classes, heads.width).to(device)
+
+    head, chosen = fit_head(build, maps, labels, heads, config.held_out, seed)
     attended = predict(head, [torch.from_numpy(x) for x in validation], heads.train_batch_size).numpy()
 
     predictions = {"concatenation, linear probe": joined, "DifFormer": attended}
-    notes = [CHOICE_NOTE, f"Blocks {', '.join(blocks)}; timesteps {', '.join(map(str, timesteps))}; {p} x {p}."]
+    notes = [
+        CHOICE_NOTE,
+        f"Blocks {', '.join(blocks)}; timesteps {', '.join(map(str, timesteps))}; {p} x {p}.",
+        f"DifFormer: {chosen}.",
+    ]
     if settings.feedback_epochs > 0:
         t = context.place.timestep
-        predictions[f"DifFeed at timestep {t}"], count = _diff_feed(context, settings, blocks, t)
+        predictions[f"DifFeed at timestep {t}"], count, chosen = _diff_feed(context, settings, blocks, t)
         epochs = settings.feedback_epochs
-        notes.append(f"DifFeed: the same blocks at timestep {t} alone, {epochs} epochs of {count} rows.")
+        notes.append(f"DifFeed: the same blocks at timestep {t} alone, {epochs} epochs of {count} rows, {chosen}.")
     return SuiteResult(
         num_samples=len(context.labels),
         metrics={name: context.accuracy(found == context.labels) for name, found in predictions.items()},
@@ -137,18 +143,21 @@ def chosen_sources(context: ProbeContext, settings: Settings) -> tuple[list[str]
     return list(blocks), list(timesteps)
 
 
-def _diff_feed(context: ProbeContext, settings: Settings, blocks: list[str], timestep: int) -> tuple[np.ndarray, int]:
-    """Predicted labels (M,) of the validation rows, and the number of training rows."""
+def _diff_feed(
+    context: ProbeContext, settings: Settings, blocks: list[str], timestep: int
+) -> tuple[np.ndarray, int, str]:
+    """Predicted labels (M,) of the validation rows, the number of training rows, and what was chosen."""
     heads, batch_size, seed = context.settings.heads, context.settings.batch_size, context.settings.seed
     denoiser, cache = context.denoiser, context.cache
     means, deviations = {}, {}
     for block in blocks:
         features = torch.from_numpy(cache.features("train", timestep, block, context.place.pooling))
         means[block], deviations[block] = features.mean(dim=0), features.std(dim=0) + 1e-6
-    torch.manual_seed(seed)
     shapes = [(len(mean), mean.shape[-1]) for mean in means.values()]
-    head = FusionHead(shapes, 1, len(context.class_names), heads.width)
-    model = DifFeed(denoiser, timestep, means, deviations, head).to(denoiser.network.device)
+
+    def build() -> nn.Module:
+        head = FusionHead(shapes, 1, len(context.class_names), heads.width)
+        return DifFeed(denoiser, timestep, means, deviations, head).to(denoiser.network.device)
 
     def noised(split: str) -> torch.Tensor:
         latents, noise = cache.latents(split), cache.noise(split, cache.splits[split].rows)
@@ -159,5 +168,6 @@ def _diff_feed(context: ProbeContext, settings: Settings, blocks: list[str], tim
     rows = torch.randperm(len(context.train_labels), generator=torch.Generator().manual_seed(seed))
     rows = rows[: settings.feedback_images]
     labels = torch.from_numpy(context.train_labels)[rows]
-    train_head(model, [noised("train")[rows]], labels, heads, seed, epochs=settings.feedback_epochs)
-    return predict(model, [noised("validation")], batch_size).numpy(), len(rows)
+    held_out, inputs = context.settings.linear.held_out, [noised("train")[rows]]
+    model, chosen = fit_head(build, inputs, labels, heads, held_out, seed, settings.feedback_epochs)
+    return predict(model, [noised("validation")], batch_size).numpy(), len(rows), chosen

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from tiny_studies import TINY_HEADS, measure, values
 
 from latent_egc.measuring.probe_context import Place
-from latent_egc.measuring.probe_heads import FusionHead, HeadsSettings, train_head
+from latent_egc.measuring.probe_heads import FusionHead, train_head
 from latent_egc.measuring.suites import fusion
 from latent_egc.measuring.suites.fusion import DifFeed, chosen_sources
 
@@ -27,7 +27,7 @@ def test_difffeed_starts_as_one_pass_and_trains_the_feedback_alone(probe_context
 
     network = {name: tensor.clone() for name, tensor in denoiser.network.state_dict().items()}
     last = [layers[-1].weight.clone() for layers in model.feedback]
-    train_head(model, [latents], labels, HeadsSettings(epochs=3, learning_rate=0.01), seed=0)
+    train_head(model, torch.optim.AdamW(model.parameters(), 0.01), [latents], labels, 3, 64, seed=0)
     assert all(torch.equal(network[name], tensor) for name, tensor in denoiser.network.state_dict().items())
     assert not any(torch.equal(before, layers[-1].weight) for before, layers in zip(last, model.feedback, strict=True))
     before = model.eval()(latents)
@@ -45,7 +45,8 @@ def test_fusion(probe_context):
     assert timesteps == [0, 90]
     result = measure(fusion, probe)
     assert [name.split(" at ")[0] for name in result.metrics] == ["concatenation, linear probe", "DifFormer", "DifFeed"]
-    assert "1 epochs of 8 rows" in result.notes[-1]
+    assert result.notes[-2] == "DifFormer: learning rate 0.001, weight decay 0.05."
+    assert "1 epochs of 8 rows, learning rate 0.001" in result.notes[-1]
     # Concatenation, by hand: the features beside one another, standardised, the penalty given.
     p = probe.place.pooling
     places = [Place(b, t, p) for t in timesteps for b in blocks]
