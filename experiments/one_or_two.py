@@ -276,25 +276,25 @@ def both(classifier: Mapping[str, float | None], sampler: Mapping[str, float | N
 
 
 def table(folder: Path) -> str:
-    """Markdown, a row a form and a pair: the mean over the seeds that have a number, and the range where several do."""
-    rows: dict[str, dict[int, dict[str, float | None]]] = {}
+    """Markdown, a column a form or pair that is measured: the mean over the seeds that have a number, and the range
+    where several do. A form whose pair is there is not shown by itself.
+    """
+    measured: dict[str, dict[int, dict[str, float | None]]] = {}
     for name in FORMS:
         for file in sorted(folder.glob(f"{name}/*/measured.json")):
             written = json.loads(file.read_text())
-            rows.setdefault(name, {})[written["seed"]] = written["values"]
+            measured.setdefault(name, {})[written["seed"]] = written["values"]
     for name, (classifier, sampler) in PAIRS.items():
-        own, other = rows.get(classifier, {}), rows.get(sampler, {})
+        own, other = measured.get(classifier, {}), measured.get(sampler, {})
         if seeds := sorted(own.keys() & other.keys()):
-            rows[name] = {seed: both(own[seed], other[seed]) for seed in seeds}
-    formats = {column: shown for column, (_, _, shown) in COLUMNS.items()} | OTHER_COLUMNS
-    lines = [["", "seeds", *formats]]
-    for name, of_seeds in rows.items():
-        found = {column: [values[column] for values in of_seeds.values()] for column in formats}
-        cells = [
-            mean_and_range([value for value in found[column] if value is not None], shown)
-            for column, shown in formats.items()
-        ]
-        lines.append([name, ", ".join(map(str, of_seeds)), *cells])
+            measured[name] = {seed: both(own[seed], other[seed]) for seed in seeds}
+    in_pairs = {name for pair, names in PAIRS.items() if pair in measured for name in names}
+    shown = {name: of_seeds for name, of_seeds in measured.items() if name not in in_pairs}
+    lines = [["", *shown], ["seeds", *(", ".join(map(str, of_seeds)) for of_seeds in shown.values())]]
+    for column, form in ({column: form for column, (_, _, form) in COLUMNS.items()} | OTHER_COLUMNS).items():
+        found = ([values[column] for values in of_seeds.values()] for of_seeds in shown.values())
+        cells = [mean_and_range([value for value in values if value is not None], form) for values in found]
+        lines.append([column, *cells])
     return markdown(lines)
 
 

@@ -118,18 +118,26 @@ def test_every_form_is_trained_measured_and_shown(script, config, tmp_path, monk
     for name in ("joint", "classifier", "noise_predictor"):
         call("measure", folder / name / "0", *suites)
     call("measure", folder / "noised_classifier" / "0", "--suites", "classification", "generation", *suites)
-    rows = [line.strip("|").split("|") for line in call("table", folder).splitlines()]
-    header = [cell.strip() for cell in rows[0]]
-    found = {row[0].strip(): dict(zip(header, map(str.strip, row), strict=True)) for row in rows[2:]}
-    assert [*found] == ["joint", "classifier", "noised_classifier", "noise_predictor", "two networks"]
+
+    def shown():
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in call("table", folder).splitlines()]
+        return {name: {row[0]: row[number] for row in rows[2:]} for number, name in enumerate(rows[0]) if name}
+
+    found = shown()
+    assert [*found] == ["joint", "noised_classifier", "two networks"]
     assert all(found["joint"].values())
+    assert all(found["two networks"].values())
     sampled, classified = ("FD", "class agreement", "denoising loss", "units a sample"), ("accuracy", "PGD 2/255")
     assert found["noised_classifier"]["accuracy"]
-    assert not any(found[name][column] for name in ("classifier", "noised_classifier") for column in sampled)
-    assert not any(found["noise_predictor"][column] for column in (*classified, "OOD AUROC, energy"))
-    for column in (*sampled, *classified):
-        one = found["noise_predictor" if column in sampled else "classifier"][column]
-        assert one == found["two networks"][column] != "", column
+    assert not any(found["noised_classifier"][column] for column in sampled)
+    shutil.move(folder / "classifier", tmp_path / "aside")
+    alone = shown()
+    assert [*alone] == ["joint", "noised_classifier", "noise_predictor"]
+    assert not any(alone["noise_predictor"][column] for column in (*classified, "OOD AUROC, energy"))
+    assert all(alone["noise_predictor"][column] == found["two networks"][column] for column in sampled)
+    shutil.move(tmp_path / "aside", folder / "classifier")
+    values = json.loads((folder / "classifier" / "0" / "measured.json").read_text())["values"]
+    assert all(f"{values[column]:.1%}" == found["two networks"][column] for column in classified)
     parts = [json.loads((folder / name / "0" / "measured.json").read_text()) for name in ("joint", "noise_predictor")]
     read = read_metrics(folder / "noise_predictor" / "0" / "metrics.jsonl")[-1]["validation_denoising_loss"]
     assert parts[1]["values"]["denoising loss"] != pytest.approx(read, rel=1e-6), "the field's, not the energy's"
@@ -139,6 +147,6 @@ def test_every_form_is_trained_measured_and_shown(script, config, tmp_path, monk
     parts[0]["values"]["denoising loss"] += 0.1
     (folder / "joint" / "7").mkdir()
     (folder / "joint" / "7" / "measured.json").write_text(json.dumps(parts[0] | {"seed": 7}))
-    row = next(line for line in call("table", folder).splitlines() if line.startswith("| joint | 0, 7 |"))
     loss = parts[0]["values"]["denoising loss"]
-    assert f"| {loss - 0.05:.4f} ({loss - 0.1:.4f} to {loss:.4f}) |" in row
+    assert shown()["joint"]["seeds"] == "0, 7"
+    assert shown()["joint"]["denoising loss"] == f"{loss - 0.05:.4f} ({loss - 0.1:.4f} to {loss:.4f})"
