@@ -70,15 +70,9 @@ TASKS = {
         plot="few_labels.png",
         on_pixels=True,
     ),
-    # All training images, and the network and steps of "one network or two?".
     "imagenette": Task(
-        "imagenette64",
-        [
-            "data.data_files.train=../shared/data/imagenette/train*.parquet",
-            *("data.random_resized_crop=[0.35, 1.0]", "objective.timestep_log_normal=[-0.5, 1.2]"),
-            *("model.block_out_channels=[64, 128]", "model.norm_num_groups=8"),
-            *("training.max_steps=1500", "training.warmup_steps=100"),
-        ],
+        "one_or_two",
+        [],
         shares=(0.05, 0.2),
         seeds=(0, 1),
         plot="few_labels_imagenette.png",

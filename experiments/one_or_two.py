@@ -1,7 +1,7 @@
 """What does ONE network for both jobs cost and buy, against two?
 
-    python experiments/one_or_two.py train configs/imagenette64.yaml runs/one_or_two joint training.max_steps=1500 \
-        --seed 0
+    latent-egc encode configs/one_or_two.yaml
+    python experiments/one_or_two.py train configs/one_or_two.yaml runs/one_or_two joint --seed 0
     python experiments/one_or_two.py measure runs/one_or_two/joint/0 --set ood.data=configs/cifar10_small.yaml \
         ood.num_images=1000 'generation.features=[../shared/weights/squeezenet1_1_features.pt]'
     python experiments/one_or_two.py measure runs/one_or_two/joint/1 --suites classification calibration
@@ -11,8 +11,8 @@
 again, what was stopped goes on. `measure` writes measured.json into that folder, and the suites' report beside it,
 whose finished suites are read. All forms see the same images, views and noise, by the seed, at the same batch, learning
 rate and average. `joint` is the run of the configuration; the others have its trunk, the small ones at width / sqrt(2),
-about half the parameters each; the nearer, the fewer groups the norms have: model.norm_num_groups=8, for all forms
-alike. One at "units" takes as many steps as make the small pair's units the joint one's.
+about half the parameters each; the nearer, the fewer groups the norms have, therefore model.norm_num_groups: 8. One at
+"units" takes as many steps as make the small pair's units the joint one's.
 
     joint               the energy network: it classifies, and its gradient denoises
     classifier          the cross entropy of clean latents alone
