@@ -1,11 +1,11 @@
 """What does ONE network for both jobs cost and buy, against two?
 
     latent-egc encode configs/one_or_two.yaml
-    python experiments/one_or_two.py train configs/one_or_two.yaml runs/one_or_two joint --seed 0
-    python experiments/one_or_two.py measure runs/one_or_two/joint/0 --set ood.data=configs/cifar10_small.yaml \
+    python experiments/one_or_two.py train configs/one_or_two.yaml runs/pairs joint --seed 0
+    python experiments/one_or_two.py measure runs/pairs/joint/0 --set ood.data=configs/cifar10_small.yaml \
         ood.num_images=1000 'generation.features=[../shared/weights/squeezenet1_1_features.pt]'
-    python experiments/one_or_two.py measure runs/one_or_two/joint/1 --suites classification calibration
-    python experiments/one_or_two.py table runs/one_or_two
+    python experiments/one_or_two.py measure runs/pairs/joint/1 --suites classification calibration
+    python experiments/one_or_two.py table runs/pairs
 
 `train` is one form and one seed, into FOLDER/FORM/SEED, so that many run side by side; what is there is not trained
 again, what was stopped goes on. `measure` writes measured.json into that folder, and the suites' report beside it,
