@@ -27,14 +27,25 @@ def test_suite_by_hand(evaluation_context, extractor, tmp_path):
     real = Brightness()(context.pixel_values(train, range(len(train))) / 2 + 0.5).numpy()
     generated = Brightness()(samples / 255).numpy()
     assert result.metrics["FD-brightness"].value == pytest.approx(scipy_frechet(real, generated), rel=1e-3)
-    decoded = reconstructed(context, context.splits.validation, context.rows)
-    of_decoded = precision_and_recall(real, Brightness()(decoded / 255).numpy())
-    for name, value in zip(("precision", "recall"), of_decoded, strict=True):
-        assert result.metrics[f"{name}-brightness, validation images through the autoencoder"].value == value
+    assert result.metrics["recall-brightness"].value == precision_and_recall(real, generated)[1]
     agreement = (Brightness(as_logits=True)(samples / 255).argmax(1).numpy() == np.arange(9) % 3).mean()
     assert result.metrics["class agreement by judge"].value == pytest.approx(agreement)
     assert [(figure.name, figure.shows_data) for figure in result.figures] == [("samples", False), ("neighbours", True)]
     assert "guidance scale 2" in result.notes[0]
+
+
+def test_samples_and_validation_images_have_each_their_own_precision_and_recall(
+    evaluation_context, extractor, monkeypatch
+):
+    monkeypatch.setattr(generation, "precision_and_recall", lambda real, other: (other.mean(), other.std()))
+    context = evaluation_context(f"generation.features=[{extractor}]", *FAST)
+    metrics = measure(generation, context).metrics
+    samples = sample_images(context, 9, np.arange(9) % 3, num_inference_steps=2)
+    decoded = reconstructed(context, context.splits.validation, context.rows)
+    for whose, images in (("", samples), (", validation images through the autoencoder", decoded)):
+        features = Brightness()(images / 255).numpy()
+        found = [metrics[f"{name}-brightness{whose}"].value for name in ("precision", "recall")]
+        assert found == pytest.approx([features.mean(), features.std()], rel=1e-5)
 
 
 def test_samples_do_not_depend_on_the_batches(evaluation_context):
