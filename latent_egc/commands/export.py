@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "float16"), default="float32", help="in which the weights are stored"
     )
     parser.add_argument("--license", help="of the weights, for the model card, such as mit")
+    parser.add_argument(
+        "--training-data", metavar="TEXT", help="for the model card: what it was trained on, and on which terms"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,8 +38,10 @@ def run(options: argparse.Namespace) -> None:
         from latent_egc.config import ConfigError
         from latent_egc.exchange.onnx import export_onnx
 
-        if options.autoencoder or options.license or options.dtype != "float32":
-            raise ConfigError("--autoencoder, --dtype and --license are for a folder of weights, not for --onnx")
+        if options.autoencoder or options.license or options.training_data or options.dtype != "float32":
+            raise ConfigError(
+                "--autoencoder, --dtype, --license and --training-data are for a folder of weights, not for --onnx"
+            )
         print(f"exported to {export_onnx(load_pipeline(options.run, 'cpu'), options.folder)}")
         return
     import torch
@@ -51,5 +56,6 @@ def run(options: argparse.Namespace) -> None:
             autoencoder=options.autoencoder,
             dtype=getattr(torch, options.dtype),
             license=options.license,
+            training_data=options.training_data,
         )
     print(f"exported to {options.folder}" + (f" and {options.push_to_hub}" if options.push_to_hub else ""))

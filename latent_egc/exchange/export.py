@@ -1,14 +1,13 @@
 """Export: a run's pipeline as one self-contained folder, with a model card.
 
 Saving a pipeline puts the code files of the energy network and the pipeline beside the weights (they import torch,
-diffusers and the standard library only); the card has the run's own numbers. `EGCPipeline.from_pretrained(FOLDER)` uses
+diffusers and the standard library only); the card is `model_card.py`'s. `EGCPipeline.from_pretrained(FOLDER)` uses
 the installed classes; `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` the code beside the weights.
 For transformers the folder also says how its weights are read as an image classifier's, see `image_classification.py`.
 """
 
 import inspect
 import json
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,65 +15,17 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from latent_egc.atomic import check_unoccupied, replace_folder
-from latent_egc.config import ConfigError, read_sections
+from latent_egc.config import ConfigError
 from latent_egc.exchange.image_classification import LINEAR_FILE, EGCConfig, EGCImageProcessor
+from latent_egc.exchange.model_card import write_card
 from latent_egc.models.weights import check_weights
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.pipelines.named_autoencoder import named_autoencoder
-from latent_egc.training.checkpoints import read_metrics, read_record, resolve_pipeline
-
-CARD = """\
-# {name}
-
-One energy network over {latents}: its forward pass classifies, its input gradient denoises, so the same weights
-classify images and sample them. Made with latent-egc, after EGC (Guo et al., ICCV 2023, arXiv 2304.02012).
-
-{grid}
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-{sample_call}
-{classify_call}```
-
-With latent-egc installed, `EGCPipeline.from_pretrained("{name}")` does the same and runs no code from the repository.
-{weights}
-For transformers it is {as_transformers}:
-
-```python
-from transformers import pipeline
-
-extract = pipeline("image-feature-extraction", model="{name}", trust_remote_code=True)
-features = extract(image, pool=True)
-{transformers_call}```
-
-## Measured
-
-{numbers}
-
-## The run
-
-```yaml
-{config}```
-"""
-
-TRANSFORMERS_CALL = """\
-classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
-print(classify(image, top_k=1))
-"""
-
-NAMED_AUTOENCODER = """
-The autoencoder is `{autoencoder}`. Its weights are not in this folder and not under its licence, but under that of
-their authors; they are loaded from there, unless `vae=` gives them.
-"""
-HALF_FLOATS = """
-The weights are stored as float16 and loaded as float32; `.to(torch.float16)` makes them half floats again. The numbers
-below were measured before they were rounded.
-"""
+from latent_egc.training.checkpoints import resolve_pipeline
 
 
 def export(
@@ -84,6 +35,7 @@ def export(
     autoencoder: str | None = None,
     dtype: torch.dtype = torch.float32,
     license: str | None = None,
+    training_data: str | None = None,
 ) -> Path:
     """Writes a run's pipeline as a folder for the Hub.
 
@@ -95,6 +47,7 @@ def export(
             compared with the pipeline's own; a Hub id that cannot be loaded is believed, with a warning.
         dtype: in which the weights are stored: float32, or float16. They are loaded as float32 either way.
         license: of the weights, for the card's metadata, such as "mit".
+        training_data: for the card, what the network was trained on and on which terms, in Markdown.
 
     Returns:
         `folder`.
@@ -125,7 +78,7 @@ def export(
     def write(unfinished: Path) -> None:
         pipeline.save_pretrained(unfinished)
         add_transformers_files(unfinished, pipeline)
-        _add_card(unfinished, pipeline, run, source, push_to_hub or folder.name, license)
+        write_card(unfinished, pipeline, run, source, push_to_hub or folder.name, license, training_data)
 
     replace_folder(folder, write)
     if push_to_hub is not None:
@@ -218,50 +171,3 @@ def _constructor_arguments(network: ModelMixin) -> dict[str, Any]:
     wanted = inspect.signature(type(network)).parameters
     config = json.loads(network.to_json_string())
     return {"_class_name": type(network).__name__} | {k: v for k, v in config.items() if k in wanted}
-
-
-def _add_card(folder: Path, pipeline: EGCPipeline, run: Path, source: Path, name: str, license: str | None) -> None:
-    """Writes README.md: what the model is, how to use it, what was measured, the run's configuration, its samples."""
-    config_file, metrics_file = run / "config.yaml", run / "metrics.jsonl"
-    config_text = config_file.read_text() if config_file.is_file() else ""
-    config = read_sections(config_file) if config_text else {}
-    metrics = read_metrics(metrics_file) if metrics_file.is_file() else []
-    if (source.parent / "checkpoint.json").is_file():  # an unfinished run: only what was known at its checkpoint
-        step = read_record(source.parent).global_step
-        metrics = [row for row in metrics if row["step"] <= step]
-    evaluations = [row for row in metrics if "validation_denoising_loss" in row]
-    numbers = "No evaluation was recorded."
-    if evaluations:
-        rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in evaluations[-1].items())
-        numbers = f"On the validation split, averaged weights:\n\n| | |\n|---|---|\n{rows}"
-
-    grids = sorted((run / "samples").glob("step-*.png"))
-    if grids:
-        shutil.copy(grids[-1], folder / "samples.png")
-    named = pipeline.config.autoencoder
-    model_config, names = pipeline.energy_model.config, list(pipeline.id2label.values())
-    size = f"{model_config.in_channels}x{model_config.sample_size}x{model_config.sample_size}"
-    weights = "" if named is None else NAMED_AUTOENCODER.format(autoencoder=named)
-    weights += HALF_FLOATS if pipeline.dtype == torch.float16 else ""
-    space = "pixels" if pipeline.vae is None else "latents of a pretrained autoencoder"
-    data = ModelCardData(
-        library_name="diffusers",
-        license=license,
-        pipeline_tag="image-classification" if names else "unconditional-image-generation",
-        tags=["latent-egc", "energy-based-model", "image-generation", "image-classification"],
-    )
-    steps = config.get("sampling", {}).get("num_inference_steps", 50)
-    call = f"class_labels={names[0]!r}, " if names else ""
-    card = CARD.format(
-        name=name,
-        latents=f"{size} {space}, {pipeline.image_size} px images",
-        grid="![samples](samples.png)\n" if grids else "",
-        sample_call=f"image = pipe({call}num_inference_steps={steps}).images[0]",
-        classify_call="print(pipe.classify(image, top_k=1).labels)\n" if names else "",
-        weights=weights,
-        as_transformers="an image classifier and a backbone" if names else "a backbone",
-        transformers_call=TRANSFORMERS_CALL.format(name=name) if names else "",
-        numbers=numbers,
-        config=config_text,
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}").save(folder / "README.md")

@@ -78,8 +78,11 @@ def _said_by_report(path: Path) -> Iterator[str]:
 
 
 def _said_by(card: ModelCard) -> Iterator[str]:
-    """The numbers of a card that `latent_egc.exchange.export` wrote."""
+    """The numbers of a card that `latent_egc.exchange.model_card` wrote: of a report, the first of each suite."""
     section = card.text.partition("\n## Measured\n")[2].partition("\n## ")[0]
+    for suite, table in re.findall(r"^### (\w+),.*\n\n((?:\|.*\n?)+)", section, re.M):
+        name, value = table.splitlines()[2].strip("| ").split(" | ")[:2]
+        yield f"{name} {value} ({suite}, model card)"
     numbers = {name: float(value) for name, value in re.findall(r"^\| (\w+) \| (-?\d[\d.e+-]*) \|$", section, re.M)}
     if numbers:
         yield f"{_listed(numbers)} (model card)"
