@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -43,26 +43,25 @@ footer {display: none !important;}
 """
 
 
-def launch(network: Network, title: str, host: str = "127.0.0.1", port: int | None = None) -> gr.Blocks:
-    """Serves the page by a thread; `block_thread` of what comes back waits until it is interrupted.
+def launch(networks: Mapping[str, Network], host: str = "127.0.0.1", port: int | None = None) -> gr.Blocks:
+    """Serves a page for each network by a thread; `block_thread` of what comes back waits until it is interrupted.
 
     Args:
-        network: what is tried.
-        title: of the page, the pipeline's name.
+        networks: what is tried, by the title of its page.
         host: the address it listens at; the default is this machine alone.
         port: None: the first that is free from 7860 on.
 
     Returns:
-        The page, which has its `local_url`.
+        The pages, the first one at their `local_url`.
 
     Raises:
         OSError: the port cannot be had.
     """
     # Pillow's own limit, beyond which no file is decoded, drawings too; gradio reads them before we see them.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # an error comes at twice as many
-    page = build(network, title)
-    page.queue(max_size=MAX_WAITING)
-    page.launch(
+    pages = build(networks)
+    pages.queue(max_size=MAX_WAITING)
+    pages.launch(
         server_name=host,
         server_port=port,
         share=False,
@@ -76,23 +75,32 @@ def launch(network: Network, title: str, host: str = "127.0.0.1", port: int | No
         theme=_theme(),
         css=STYLE,
     )
-    return page
+    return pages
 
 
-def build(network: Network, title: str) -> gr.Blocks:
-    """The page, not yet served."""
-    with gr.Blocks(title=f"latent-egc: {title}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# latent-egc: {title}\n{_facts(network)}", elem_id="title")
-        if network.class_names:
-            with gr.Tab("Classify", id="classify"):
-                _classify_tab(network)
-        with gr.Tab("Generate", id="generate"):
-            _generate_tab(network)
-        with gr.Tab("Edit", id="edit"):
-            _edit_tab(network)
-        with gr.Tab("Explore", id="explore"):
-            _explore_tab(network)
-    return page
+def build(networks: Mapping[str, Network]) -> gr.Blocks:
+    """The pages, not yet served; of several the bar above has a link to each."""
+    (first, network), *others = networks.items()
+    with gr.Blocks(title=f"latent-egc: {first}", analytics_enabled=False, delete_cache=(3600, 3600)) as pages:
+        gr.Navbar(main_page_name=first, visible=bool(others))
+        _page(network, first)
+    for number, (title, network) in enumerate(others, start=2):
+        with pages.route(title, f"/{number}"):
+            _page(network, title)
+    return pages
+
+
+def _page(network: Network, title: str) -> None:
+    gr.Markdown(f"# latent-egc: {title}\n{_facts(network)}", elem_id="title")
+    if network.class_names:
+        with gr.Tab("Classify", id="classify"):
+            _classify_tab(network)
+    with gr.Tab("Generate", id="generate"):
+        _generate_tab(network)
+    with gr.Tab("Edit", id="edit"):
+        _edit_tab(network)
+    with gr.Tab("Explore", id="explore"):
+        _explore_tab(network)
 
 
 def _theme() -> gr.Theme:

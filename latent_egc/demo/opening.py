@@ -11,7 +11,15 @@ from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.build import resolve_model
 from latent_egc.training.loop import train
 
+INDEX = "model_index.json"  # what tells a pipeline's folder
 QUICKSTART = Path("runs/quickstart")  # where `make quickstart` writes it, too
+RELEASED = Path("release")  # of a checkout: networks that come with it
+
+
+def names_at_hand() -> list[str]:
+    """Networks below the current folder: the quickstart's where it is trained, then those that came with a checkout."""
+    found = [QUICKSTART] if (QUICKSTART / "pipeline" / INDEX).is_file() else []
+    return [str(folder) for folder in (*found, *(file.parent for file in sorted(RELEASED.glob(f"*/{INDEX}"))))]
 
 
 def quickstart_config(folder: Path = QUICKSTART) -> Config:
@@ -28,7 +36,7 @@ def trained_quickstart(config: Config) -> str:
         CheckpointError: it could not be written.
     """
     folder = Path(config.output_dir)
-    if not (folder / "pipeline" / "model_index.json").is_file():
+    if not (folder / "pipeline" / INDEX).is_file():
         print(f"no network in {folder} yet: training one on digits, about 4 minutes on two CPU cores", file=sys.stderr)
         encode(config.data, config.autoencoder, resolve_model(config.model)["num_classes"])
         train(config)

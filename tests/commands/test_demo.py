@@ -19,6 +19,8 @@ def test_a_space_is_written_without_gradio(tmp_path, capsys, monkeypatch):
 def test_errors(tmp_path, capsys, monkeypatch):
     fails(capsys, ["demo", "user/name", "--port", "70000"], "--port must be in [1, 65535], got 70000")
     fails(capsys, ["demo", "user/name", "--num-references=-1"], "--num-references must be at least 0, got -1")
+    for option in ("--space=s", "--data=d.yaml"):
+        fails(capsys, ["demo", "user/a", "user/b", option], "--space and --data are for one pipeline, got 2")
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
     fails(capsys, ["demo"], "the demo needs gradio", 'pip install "latent-egc[demo]"')  # before anything is trained
@@ -40,8 +42,39 @@ def test_it_listens_at_this_machine_alone_unless_told(host, tmp_path, capsys, mo
         def block_thread(self):
             asked.append("blocked")
 
-    monkeypatch.setattr(interface, "launch", lambda *arguments: asked.append(arguments[1:]) or Page())
+    monkeypatch.setattr(interface, "launch", lambda pages, *arguments: asked.append((*pages, *arguments)) or Page())
     tiny_pipeline().save_pretrained(tmp_path / "mine")
     assert main(["demo", str(tmp_path / "mine"), "--port=7999", *host]) == 0
     assert asked == [("mine", host[1] if host else "127.0.0.1", 7999), "blocked"]
     assert "the demo is at http://127.0.0.1:1/" in capsys.readouterr().out
+
+
+def test_without_a_name_it_opens_what_is_at_hand_and_can_be_loaded(tmp_path, capsys, monkeypatch):
+    """Only where nothing is left it trains; what is named and cannot be loaded is an error."""
+    pytest.importorskip("gradio", reason="needs gradio")
+    from latent_egc.demo import interface, opening
+
+    class Page:
+        local_url = "http://127.0.0.1:1/"
+
+        def block_thread(self):
+            pass
+
+    opened = []
+    monkeypatch.setattr(interface, "launch", lambda pages, *arguments: opened.append(list(pages)) or Page())
+    monkeypatch.setattr(opening, "trained_quickstart", lambda config: str(tmp_path / "trained"))
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained("trained")
+    main(["demo"])
+    tiny_pipeline().save_pretrained("release/one")
+    (tmp_path / "release" / "broken").mkdir()
+    (tmp_path / "release" / "broken" / "model_index.json").write_text("{}")
+    capsys.readouterr()
+    main(["demo"])
+    assert "without release/broken: the pipeline release/broken cannot be loaded" in capsys.readouterr().err
+    main(["demo", "release/one", "trained"])
+    tiny_pipeline().save_pretrained("other/one")
+    main(["demo", "release/one", "other/one"])
+    assert opened == [["trained"], ["one"], ["one", "trained"], ["release/one", "other/one"]]
+    capsys.readouterr()
+    fails(capsys, ["demo", "release/one", "release/broken"], "the pipeline release/broken cannot be loaded")

@@ -52,7 +52,7 @@ def browser():
 @pytest.fixture(scope="module")
 def served(network):
     limit = Image.MAX_IMAGE_PIXELS
-    page = launch(network, "quickstart")
+    page = launch({"quickstart": network})
     yield page.local_url
     page.close()
     Image.MAX_IMAGE_PIXELS = limit
@@ -179,3 +179,21 @@ def test_exploring_shows_curves_and_neighbours(page):
     for plot in ("energies", "chances"):
         playwright.expect(page.locator(f"#{plot} canvas, #{plot} svg.marks").first).to_be_visible(timeout=SECONDS)
     save(page, "explore")
+
+
+def test_several_networks_have_a_page_each(browser, network, tmp_path):
+    other = tiny_network(tmp_path / "images", references=False)
+    pages = launch({"quickstart": network, "other": other})
+    page = browser.new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(pages.local_url)
+    playwright.expect(page.locator("#title h1")).to_have_text("latent-egc: quickstart")
+    page.locator("nav").get_by_text("other", exact=True).click()
+    playwright.expect(page.locator("#title h1")).to_have_text("latent-egc: other")
+    gradient_image(48, 40).save(tmp_path / "upload.png")
+    page.set_input_files("#classify-image input[type=file]", tmp_path / "upload.png")
+    page.wait_for_selector("#energy b")
+    expected = other.classify(gradient_image(48, 40))
+    assert f"Energy {expected.energy:,.1f}" in page.locator("#energy").inner_text()
+    page.close()
+    pages.close()

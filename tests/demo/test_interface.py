@@ -23,19 +23,33 @@ def parts(page) -> set[str]:
 
 
 def test_the_page_has_what_the_network_can_do(tmp_path):
-    everything = parts(build(tiny_network(tmp_path / "images"), "mine"))
+    everything = parts(build({"mine": tiny_network(tmp_path / "images")}))
     assert {"probabilities", "samples", "editor", "energies", "chances", "nearest"} <= everything
     assert {"inpaint-button", "edit-class-button", "counterfactual-button", "edit-example"} <= everything
-    bare = parts(build(tiny_network(tmp_path, references=False, num_classes=None, energy_channels=3), "mine"))
+    bare = parts(build({"mine": tiny_network(tmp_path, references=False, num_classes=None, energy_channels=3)}))
     assert {"samples", "editor", "energies", "inpaint-button"} <= bare
     assert not {"probabilities", "chances", "nearest", "classes", "edit-class-button", "edit-example"} & bare
+
+
+def test_several_networks_are_linked_and_compute_one_at_a_time(tmp_path):
+    networks = {name: tiny_network(tmp_path, references=False) for name in ("first", "second")}
+    pages = build(networks)
+    assert [title for _, title, shown in pages.pages[1:] if shown] == ["second"]
+    (bar,) = (part["props"] for part in pages.config["components"] if part["type"] == "navbar")
+    assert (bar["main_page_name"], bar["visible"]) == ("first", True)
+    computing = [call for call in pages.fns.values() if call.name in COMPUTING]
+    assert len(computing) == 2 * len(COMPUTING)
+    assert {(call.concurrency_id, call.concurrency_limit) for call in computing} == {("network", 1)}
+    alone = build({"first": networks["first"]})
+    (bar,) = (part["props"] for part in alone.config["components"] if part["type"] == "navbar")
+    assert not bar["visible"]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     limit = Image.MAX_IMAGE_PIXELS
     folder = tmp_path_factory.mktemp("demo")
-    page = launch(tiny_network(folder / "images"), "mine")
+    page = launch({"mine": tiny_network(folder / "images")})
     yield page
     page.close()
     Image.MAX_IMAGE_PIXELS = limit

@@ -8,7 +8,7 @@ from tiny_verbs import write_things
 
 from latent_egc import EGCPipeline
 from latent_egc.config import ConfigError, load_config
-from latent_egc.demo.opening import quickstart_config, references_at_hand, trained_quickstart
+from latent_egc.demo.opening import names_at_hand, quickstart_config, references_at_hand, trained_quickstart
 from latent_egc.demo.references import read_references
 
 
@@ -18,6 +18,19 @@ def test_the_packaged_settings_are_those_of_the_quickstart(tmp_path):
     config = quickstart_config(tmp_path / "quickstart")
     assert (config.output_dir, config.training.resume) == (str(tmp_path / "quickstart"), "auto")
     assert config.training.max_steps == load_config(packaged).training.max_steps
+
+
+def test_at_hand_are_the_trained_quickstart_and_what_came_with_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert names_at_hand() == []
+    for folder in ("runs/mine/pipeline", "runs/quickstart/logs", "release/b", "release/a", "release/none"):
+        (tmp_path / folder).mkdir(parents=True)
+        if "none" not in folder:
+            (tmp_path / folder / "model_index.json").touch()
+    assert names_at_hand() == ["release/a", "release/b"]
+    (tmp_path / "runs" / "quickstart" / "pipeline").mkdir()
+    (tmp_path / "runs" / "quickstart" / "pipeline" / "model_index.json").touch()
+    assert names_at_hand() == ["runs/quickstart", "release/a", "release/b"]
 
 
 def test_a_network_is_trained_where_there_is_none_and_then_opened(tmp_path, monkeypatch, capsys):
