@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from latent_egc.atomic import replace_file
 from latent_egc.config import ConfigError, DataConfig
+from latent_egc.data.autoencoders import encode_moments, latents_from_moments
 from latent_egc.data.sources import ImageTable
 from latent_egc.data.views import central_view
 from latent_egc.measuring.context import chosen_rows
+from latent_egc.pipelines.latents import decode_latents
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ def write_archive(file: Path, images: Iterable[np.ndarray], count: int, labels: 
                 np.lib.format.write_array(stream, np.array(labels, dtype=np.int64))
 
 
-def write_split(table: ImageTable, data: DataConfig, file: Path, count: int | None, seed: int) -> int:
+def write_split(
+    table: ImageTable, data: DataConfig, file: Path, count: int | None, seed: int, vae: ModelMixin | None = None
+) -> int:
     """Writes centre crops of a split, and their classes if they have any, as a reference; returns how many.
 
     Args:
@@ -101,6 +106,7 @@ def write_split(table: ImageTable, data: DataConfig, file: Path, count: int | No
         file: for them; whole or as it was.
         count: how many, drawn by the seed and in the split's order as `generation.num_reference_images` are; None: all.
         seed: of the choice.
+        vae: through which they go and back, as samples were decoded; None: as they are.
 
     Raises:
         CorruptImageError: an unreadable image, unless `data.skip_corrupt`.
@@ -112,8 +118,17 @@ def write_split(table: ImageTable, data: DataConfig, file: Path, count: int | No
 
     def crops() -> Iterator[np.ndarray]:
         for row in tqdm(rows, desc="crop", unit="image"):
-            crop = central_view(table.image(row), data.image_size) / 2 + 0.5
-            yield (crop.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+            crop = central_view(table.image(row), data.image_size)
+            if vae is not None:
+                crop = _decoded(vae, crop)
+            yield ((crop / 2 + 0.5).permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
     replace_file(file, lambda path: write_archive(path, crops(), len(rows), labels if (labels >= 0).all() else None))
     return len(rows)
+
+
+@torch.no_grad()
+def _decoded(vae: ModelMixin, crop: torch.Tensor) -> torch.Tensor:
+    """An image (3, H, W) in [-1, 1] through the autoencoder and back."""
+    latents = latents_from_moments(vae, encode_moments(vae, crop[None]))
+    return decode_latents(vae, latents)[0].float().cpu()

@@ -38,17 +38,36 @@ class Judge:
         return self.scores(images).argmax(axis=1)
 
 
-def load_judge(context: EvaluationContext, path: str, key: str) -> Judge:
+def load_judge(context: EvaluationContext, path: str, key: str, size: int | None = None) -> Judge:
     """A TorchScript classifier, images in [0, 1] to logits.
 
-    Raises ConfigError, which names the setting `key`: it cannot be loaded, or tells other classes apart.
+    Args:
+        context: of the study.
+        path: of the file.
+        key: of the setting that names it.
+        size: height and width of the images that it knows; None: the pipeline's.
+
+    Raises:
+        ConfigError: it cannot be loaded, cannot judge such images, or tells other classes apart.
     """
-    device, size = context.accelerator.device, context.pipeline.image_size
+    device, size = context.accelerator.device, size or context.pipeline.image_size
     judge = Extractor(Path(path).stem, feature_extractors.load_torchscript(path, key, device))
-    num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
+    try:
+        num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
+    except (torch.jit.Error, RuntimeError, IndexError) as error:
+        what = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"{key}: {path} judges no images of {size} px ({what}); {key}_size is the size that it knows"
+        ) from error
     if num_logits != context.num_classes:
         raise ConfigError(f"{key}: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}")
-    return Judge(judge.name, lambda images: features_of(context, judge, images))
+
+    def scores(images: torch.Tensor) -> np.ndarray:
+        if images.shape[-1] != size:
+            images = to_uint8(F.interpolate(images / 255, (size, size), mode="bilinear", antialias=True))
+        return features_of(context, judge, images)
+
+    return Judge(judge.name, scores)
 
 
 def linear_judge(context: EvaluationContext, extractor: Extractor, num_images: int) -> Judge:

@@ -35,6 +35,7 @@ class InstrumentSettings:
     features: tuple[str, ...] = file_path(())
     # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
     judge: str | None = file_path()
+    judge_size: int | None = within(None, 1)  # of the images that it knows, pixels; null: the pipeline's
     num_reference_images: int | None = within(None, 5)  # of the training split; null: all of it
     num_judge_images: int = within(1000, 10)  # training images for the linear judge
 
@@ -114,7 +115,9 @@ class SampleQuality:
                 "to features (N, D), a DINOv2 of transformers such as facebook/dinov2-base, or inception"
             )
         self.extractors = [load_extractor(source, device, f"{suite}.features") for source in settings.features]
-        self._given_judge = None if settings.judge is None else load_judge(context, settings.judge, f"{suite}.judge")
+        self._given_judge: Judge | None = None
+        if settings.judge is not None:
+            self._given_judge = load_judge(context, settings.judge, f"{suite}.judge", settings.judge_size)
         drawn = TrainingSet(context, settings.num_reference_images)
         self.reference = drawn if reference is None else reference
 

@@ -16,6 +16,7 @@ from latent_egc.commands import main
 from latent_egc.config import ConfigError
 from latent_egc.measuring.feature_extractors import INCEPTION, Extractor, load_extractor, moments
 from latent_egc.measuring.image_archives import read_archive
+from latent_egc.measuring.judges import reconstructed
 from latent_egc.measuring.reference_sets import ArchivedSet, TrainingSet
 from latent_egc.measuring.suites import generation
 
@@ -237,3 +238,21 @@ def test_verb_reference_writes_what_the_suite_reads(evaluation_context, tmp_path
     capsys.readouterr()
     fails(capsys, ["reference", str(tmp_path / "none.yaml"), str(tmp_path / "no.npz")], "config file not found")
     assert not (tmp_path / "no.npz").exists()
+
+
+def test_a_reference_can_be_of_images_as_samples_are_decoded(evaluation_context, tmp_path, capsys):
+    context = evaluation_context()
+    context.pipeline.vae.save_pretrained(tmp_path / "vae")
+    data = {"dataset": "imagefolder", "data_dir": context.data.data_dir, "validation_fraction": 1 / 3, "image_size": 8}
+    config = {"model": {"num_classes": 3}, "data": data, "autoencoder": {"path": str(tmp_path / "vae")}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = ["reference", str(tmp_path / "run.yaml"), str(tmp_path / "out.npz"), "--through-autoencoder"]
+    assert main(command) == 0
+    archive, train = read_archive(str(tmp_path / "out.npz"), "key", 8), context.splits.train
+    expected = reconstructed(context, train, np.arange(14))
+    assert (archive.images.int() - expected.int()).abs().max() <= 1
+    assert (archive.images.int() - torch.from_numpy(np.asarray(train.image(0))).permute(2, 0, 1)).abs().max() > 1
+    np.testing.assert_array_equal(archive.labels, train.labels)
+    capsys.readouterr()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"autoencoder": {"path": None}}))
+    fails(capsys, command, "--through-autoencoder", "pixel space")

@@ -26,9 +26,10 @@ class Settings:
     none_of: tuple[str, ...] | None = None  # names that no sample is to be; null: the first
     # A TorchScript classifier, images in [0, 1] to logits; null: a support vector machine on the images' pixels.
     judge: str | None = file_path()
+    judge_size: int | None = within(None, 1)  # of the images that it knows, pixels; null: the pipeline's
     num_judge_images: int = within(1000, 10)  # training images for that machine
     num_samples: int = within(200, 5)  # of each kind
-    num_inference_steps: int = within(50, 1)
+    num_inference_steps: int | None = within(None, 1)  # null: the pipeline's own
     guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
     corrector: Literal["ula", "mala", "hmc"] = "mala"
     num_corrector_steps: int = within(4, 1)  # of its chain at each noise level
@@ -55,7 +56,8 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     if settings.judge is None:
         judge = pixel_judge(context, settings.num_judge_images)
     else:
-        judge = load_judge(context, settings.judge, "composition.judge")
+        judge = load_judge(context, settings.judge, "composition.judge", settings.judge_size)
+    steps = settings.num_inference_steps or context.pipeline.config.default_num_inference_steps
     corrector = Corrector(settings.corrector, num_steps=settings.num_corrector_steps)
     scale = settings.guidance_scale or context.pipeline.config.default_guidance_scale
     conjunction, negation = " AND ".join(both), "NOT " + ", ".join(excluded)
@@ -93,7 +95,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
     grid = plots.image_grid(torch.stack(shown).numpy() / 255, list(kinds))
     notes = [
         f"{settings.num_samples} samples of each kind, {type(pipeline.scheduler).__name__} with "
-        f"{settings.num_inference_steps} steps, guidance scale {scale:g}, {corrector.num_steps} steps of "
+        f"{steps} steps, guidance scale {scale:g}, {corrector.num_steps} steps of "
         f"{corrector.kind} at each noise level where there is a corrector. The judge is {judge.name}.",
         *([judge.note] if judge.note else []),
     ]

@@ -31,6 +31,7 @@ class Settings:
     num_inference_steps: int = within(50, 1)
     # A TorchScript classifier, images in [0, 1] to logits; null: a linear one on the features.
     judge: str | None = file_path()
+    judge_size: int | None = within(None, 1)  # of the images that it knows, pixels; null: the pipeline's
     features: str | None = file_path()  # an extractor, as generation.features; null: the pixels
     num_judge_images: int = within(1000, 10)  # training images for the linear judge
     l2_eps: tuple[float, ...] = within((0.1, 0.2, 0.5, 1.0, 2.0, 4.0), 0.0)  # sizes of the attack, on pixels in [0, 1]
@@ -95,7 +96,7 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
 
 def _judge(context: EvaluationContext, settings: Settings) -> Judge:
     if settings.judge is not None:
-        return load_judge(context, settings.judge, "counterfactual.judge")
+        return load_judge(context, settings.judge, "counterfactual.judge", settings.judge_size)
     extractor = Extractor("pixels", lambda images: images.flatten(1))
     if settings.features is not None:
         extractor = load_extractor(settings.features, context.accelerator.device)

@@ -34,7 +34,7 @@ class Settings(InstrumentSettings):
     samples: str | None = file_path()  # .npz of ADM's layout, with or without classes; null: the pipeline draws them
     reference: str | None = file_path()  # .npz of images, of mu and sigma, or of both; null: the training split
     num_samples: int = within(1000, 5)
-    num_inference_steps: int = within(50, 1)
+    num_inference_steps: int | None = within(None, 1)  # null: the pipeline's own
     guidance_scale: float | None = within(None, 0.0)  # null: the pipeline's own
     kid_subsets: int = within(100, 1)
     kid_subset_size: int = within(1000, 2)
@@ -116,7 +116,8 @@ def _what_was_compared(context: EvaluationContext, settings: Settings, quality: 
     else:
         scale = pipeline.config.default_guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         classes = f"guidance scale {scale:g}, equally many of every class"
-        how = f"samples, {type(pipeline.scheduler).__name__} with {settings.num_inference_steps} steps, "
+        steps = settings.num_inference_steps or pipeline.config.default_num_inference_steps
+        how = f"samples, {type(pipeline.scheduler).__name__} with {steps} steps, "
         how += "unguided" if context.num_classes is None else classes
     return (
         f"{num_samples:,} {how}; compared with {quality.reference}. Numbers of different extractors, sample counts or "

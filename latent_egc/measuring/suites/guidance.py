@@ -33,7 +33,7 @@ class Settings(InstrumentSettings):
     num_candidates: int = within(4, 1)  # drawn at the first scale, guided everywhere; 1: no selection
     select_by: tuple[Literal["classifier", "density", "both"], ...] = ("classifier", "density", "both")
     num_samples: int = within(500, 5)  # of each setting
-    num_inference_steps: int = within(20, 1)
+    num_inference_steps: int | None = within(None, 1)  # null: the pipeline's own
 
 
 class Guided(NamedTuple):
@@ -104,7 +104,8 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         Figure("curves", caption, _panels(curves, ways[best], found[best]), curves=curves),
         Figure("samples", "The first samples of the first classes at each setting, from the same noise.", picture),
     ]
-    sampler = f"{type(context.pipeline.scheduler).__name__} with {settings.num_inference_steps} steps"
+    steps = settings.num_inference_steps or context.pipeline.config.default_num_inference_steps
+    sampler = f"{type(context.pipeline.scheduler).__name__} with {steps} steps"
     notes = [
         _choice(ways[best], found[best], own),
         *quality.notes(f"{len(labels)} samples each, {sampler}", len(labels)),
