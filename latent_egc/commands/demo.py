@@ -5,13 +5,12 @@ example: latent-egc demo runs/my --port 7861
          latent-egc demo USER/NAME --space my_space
 
 Without a pipeline it opens what is at hand: the digits of the quickstart in runs/quickstart, and the networks in
-release/ that come with a checkout; where there is neither, it trains the digits. The page listens at this machine
-alone, unless --host says otherwise. With --space nothing is opened: the folder of a Space for the Hub is written.
-Needs the extra demo: pip install "latent-egc[demo]"
+release/ that come with a checkout and are whole; where there is neither, it trains the digits. The page listens at
+this machine alone, unless --host says otherwise. With --space nothing is opened: the folder of a Space for the Hub is
+written. Needs the extra demo: pip install "latent-egc[demo]"
 """
 
 import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,17 +64,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"a Space {what} written to {options.space}; hf upload USER/NAME {options.space} --repo-type space")
         return
 
-    networks = {}
-    for name in options.pipelines or names_at_hand():
-        try:
-            networks[name] = _load(name, options)
-        except ConfigError as error:
-            if options.pipelines:
-                raise
-            print(f"without {name}: {error}", file=sys.stderr)  # such as one whose autoencoder is to be downloaded
-    if not networks:
-        name = trained_quickstart(quickstart_config())
-        networks[name] = _load(name, options)
+    names = options.pipelines or names_at_hand() or [trained_quickstart(quickstart_config())]
+    networks = {name: _load(name, options) for name in names}
 
     from latent_egc.demo.interface import launch  # imports gradio, for seconds: errors before it come at once
 

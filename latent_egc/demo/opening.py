@@ -1,5 +1,6 @@
 """What the demo opens: the quickstart's digits where nothing is named, and training images where they are at hand."""
 
+import json
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -17,9 +18,20 @@ RELEASED = Path("release")  # of a checkout: networks that come with it
 
 
 def names_at_hand() -> list[str]:
-    """Networks below the current folder: the quickstart's where it is trained, then those that came with a checkout."""
-    found = [QUICKSTART] if (QUICKSTART / "pipeline" / INDEX).is_file() else []
-    return [str(folder) for folder in (*found, *(file.parent for file in sorted(RELEASED.glob(f"*/{INDEX}"))))]
+    """Networks below the current folder: the quickstart's where it is trained, then those that came with a checkout.
+
+    One whose autoencoder is only named, and may have to be downloaded, is left to those who ask for it; a line on
+    standard error says so.
+    """
+    found = [str(QUICKSTART)] if (QUICKSTART / "pipeline" / INDEX).is_file() else []
+    for index in sorted(RELEASED.glob(f"*/{INDEX}")):
+        autoencoder = json.loads(index.read_text()).get("autoencoder")
+        if autoencoder is None:
+            found.append(str(index.parent))
+        else:
+            ask = f"latent-egc demo {index.parent}"
+            print(f"{ask} opens another one, with the autoencoder {autoencoder}", file=sys.stderr)
+    return found
 
 
 def quickstart_config(folder: Path = QUICKSTART) -> Config:

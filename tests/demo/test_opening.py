@@ -20,14 +20,23 @@ def test_the_packaged_settings_are_those_of_the_quickstart(tmp_path):
     assert config.training.max_steps == load_config(packaged).training.max_steps
 
 
-def test_at_hand_are_the_trained_quickstart_and_what_came_with_the_checkout(tmp_path, monkeypatch):
+def test_at_hand_are_the_trained_quickstart_and_what_came_whole_with_the_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert names_at_hand() == []
-    for folder in ("runs/mine/pipeline", "runs/quickstart/logs", "release/b", "release/a", "release/none"):
+    for folder, index in (
+        ("runs/mine/pipeline", "{}"),
+        ("runs/quickstart/logs", None),
+        ("release/b", "{}"),
+        ("release/a", '{"autoencoder": null}'),
+        ("release/none", None),
+        ("release/named", '{"autoencoder": "user/vae"}'),
+    ):
         (tmp_path / folder).mkdir(parents=True)
-        if "none" not in folder:
-            (tmp_path / folder / "model_index.json").touch()
+        if index is not None:
+            (tmp_path / folder / "model_index.json").write_text(index)
     assert names_at_hand() == ["release/a", "release/b"]
+    said = capsys.readouterr().err
+    assert said == "latent-egc demo release/named opens another one, with the autoencoder user/vae\n"
     (tmp_path / "runs" / "quickstart" / "pipeline").mkdir()
     (tmp_path / "runs" / "quickstart" / "pipeline" / "model_index.json").touch()
     assert names_at_hand() == ["runs/quickstart", "release/a", "release/b"]
