@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from latent_egc.config import read_sections
 from latent_egc.data.autoencoders import fingerprint
 from latent_egc.pipelines import EGCPipeline
 from latent_egc.training.checkpoints import read_metrics, read_record
@@ -29,7 +28,7 @@ classify images and sample them. Made with latent-egc, after EGC (Guo et al., IC
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-{sample_call}
+image = pipe({label}).images[0]
 {classify_call}```
 
 With latent-egc installed, `EGCPipeline.from_pretrained("{name}")` does the same and runs no code from the repository.
@@ -93,8 +92,7 @@ def write_card(
         name: of the model, as it is loaded.
         license, training_data: see `latent_egc.exchange.export.export`.
     """
-    config_text = (run / "config.yaml").read_text() if (run / "config.yaml").is_file() else ""
-    config = read_sections(run / "config.yaml") if config_text else {}
+    config = (run / "config.yaml").read_text() if (run / "config.yaml").is_file() else ""
     report = read_report_of(source, run / "evaluation" / "report.json")
     picture = run / "evaluation" / "figures" / "generation_samples.png"
     if report is None or not picture.is_file():
@@ -108,20 +106,18 @@ def write_card(
     space = "pixels" if pipeline.vae is None else "latents of a pretrained autoencoder"
     weights = "" if named is None else NAMED_AUTOENCODER.format(autoencoder=named)
     weights += HALF_FLOATS if pipeline.dtype == torch.float16 else ""
-    steps = config.get("sampling", {}).get("num_inference_steps", 50)
-    call = f"class_labels={names[0]!r}, " if names else ""
     card = CARD.format(
         name=name,
         latents=f"{size} {space}, {pipeline.image_size} px images",
         picture="" if picture is None else "![Samples, the first ones drawn](samples.png)\n",
-        sample_call=f"image = pipe({call}num_inference_steps={steps}).images[0]",
+        label=repr(names[0]) if names else "",
         classify_call="print(pipe.classify(image, top_k=1).labels)\n" if names else "",
         weights=weights,
         as_transformers="an image classifier and a backbone" if names else "a backbone",
         transformers_call=TRANSFORMERS_CALL.format(name=name) if names else "",
         training_data="" if training_data is None else TRAINING_DATA.format(training_data=training_data),
         measured=_said_by_run(run, source) if report is None else _said_by_report(report),
-        config=config_text,
+        config=config,
     )
     data = ModelCardData(
         library_name="diffusers",
@@ -164,7 +160,7 @@ def _said_by_report(suites: dict[str, Any]) -> str:
             for name, metric in record["metrics"].items()
         ]
         notes = "\n".join(f"- {note}" for note in record["notes"])
-        heading = f"### {suite}, {record['num_samples']:,} samples"
+        heading = f"### {suite}, n = {record['num_samples']:,}"
         parts.append("\n".join([heading, "", METRICS_HEAD, *rows]) + (f"\n\n{notes}" if notes else ""))
     return "\n\n".join(parts)
 

@@ -28,9 +28,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n+)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # A block that is indented and begins with one of our commands.
 INDENTED = re.compile(r"(?<=\n\n)    (?:\w+=\S+ )*(?:latent-egc|accelerate launch|torchrun) .*\n(?:    .*\n)*")
-# What the pages call their pipelines, and how many classes these have.
-PIPELINES = {"runs/my": 3, "runs/other": 3, "runs/quickstart": 10, "runs/earlier": 10, ".": 1000}
-
+# What the pages call their runs, and how many classes their pipelines have; and what they call pipelines.
+RUNS = {"runs/my": 3, "runs/other": 3, "runs/quickstart": 10, "runs/earlier": 10}
+PIPELINES = {"imagenet256": 1000, "release/imagenette64": 10} | {f"{name}/pipeline": n for name, n in RUNS.items()}
 
 # No call takes more than so many of these, whatever the page says.
 MOST = {"num_inference_steps": 4, "num_steps": 4, "n": 20, "n0": 10}
@@ -56,9 +56,8 @@ def stand_ins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand_ins")
     for name, num_classes in PIPELINES.items():
         names = ("cat", "dog", "cow") if num_classes == 3 else tuple(map(str, range(num_classes)))
-        own = "imagenet256" if name == "." else "pipeline"
-        pipeline = tiny_pipeline(names=names, num_classes=num_classes, class_embedding=name == ".")
-        pipeline.save_pretrained(folder / name / own)
+        pipeline = tiny_pipeline(names=names, num_classes=num_classes, class_embedding=name == "imagenet256")
+        pipeline.save_pretrained(folder / name)
     export(folder / "runs" / "quickstart", folder / "exported")
     for name in ("photo", "other", "mask"):
         Image.new("RGB", (8, 8), "grey").save(folder / f"{name}.png")

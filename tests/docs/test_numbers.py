@@ -9,7 +9,7 @@ from tiny import ROOT
 
 from latent_egc.measuring.report import read_metric
 
-REPORTS = {"digits": "digits", "imagenette": "imagenette64", "cifar-10": "cifar10_small"}
+REPORTS = {"digits": "digits", "imagenette": "imagenette64_long", "cifar-10": "cifar10_small"}
 # A row's beginning -> the suite and the name of the metric of each of its numbers.
 JUDGED = "generation", r"class agreement by .*"
 JUDGE = "generation", r"the judge's accuracy on decoded validation images"

@@ -140,7 +140,7 @@ def test_contents_and_model_card(tmp_path):
     for part in (
         "library_name: diffusers",
         "validation_accuracy | 0.875",
-        "num_inference_steps=7",
+        "image = pipe('cat').images[0]",
         "backbone: unet",
         "(image, pool=True)",
     ):

@@ -37,9 +37,9 @@ def test_it_says_what_the_report_says(run, tmp_path, capsys):
         folder = export(run, tmp_path / "exported", training_data="Ten digits, CC BY 4.0.")
     card = (folder / "README.md").read_text()
     assert "## Trained on\n\nTen digits, CC BY 4.0.\n\n## Measured\n" in card
-    assert "### classification, 1,000 samples\n" in card
+    assert "### classification, n = 1,000\n" in card
     assert "| top-1 accuracy | 81.2 % | 75.0 % to 87.5 % |\n| top-5 accuracy | 1 |  |\n\n- At timestep 0.\n" in card
-    assert "### generation, 200 samples\n" in card
+    assert "### generation, n = 200\n" in card
     assert "| FD-tiny | 1124 |  |" in card
     assert "validation_denoising_loss" not in card
     assert (folder / "samples.png").read_bytes() == b"the report's"
