@@ -1,4 +1,4 @@
-"""What the demo opens: the quickstart's digits where nothing is named, and training images where they are at hand."""
+"""What the demo opens where nothing is named, and training images where they are at hand."""
 
 import json
 import sys
