@@ -170,10 +170,11 @@ def trained(config: Path, folder: Path, overrides: Sequence[str], form: Form, un
 
 
 def mean_and_range(values: Sequence[float], shown: str) -> str:
-    """The mean as a format shows it, and in brackets the smallest and the largest of several; "" for none."""
-    if len(values) < 2:
-        return "".join(format(value, shown) for value in values)
-    return f"{format(np.mean(values), shown)} ({format(min(values), shown)} to {format(max(values), shown)})"
+    """The mean as a format shows it, and in brackets the smallest and the largest where they differ; "" for none."""
+    if not values:
+        return ""
+    mean, low, high = (format(value, shown) for value in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
