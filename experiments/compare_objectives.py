@@ -3,7 +3,7 @@
     python experiments/compare_objectives.py configs/imagenette64.yaml runs/forms "model.block_out_channels=[48, 96]" \
         model.norm_num_groups=16 training.learning_rate=1e-3 --forms embedding --seeds 0 1
     python experiments/compare_objectives.py configs/digits.yaml runs/options --forms options --steps 300
-    python experiments/compare_objectives.py configs/imagenette64.yaml runs/forms --forms ablations orders \
+    python experiments/compare_objectives.py configs/one_or_two.yaml runs/forms --forms ablations orders \
         --seeds 0 1 --plot runs/forms/forms.png
 
 A unit is a forward pass of a batch through the trunk, see `latent_egc/objective.py`; a form of fewer units a step takes
@@ -11,7 +11,7 @@ more steps. A run that is there already is read, one that was stopped goes on; s
 side, and one without prints them all. docs/decisions.md has what came of it.
 
 `ablations` are one change each of the form that is named first. Its transformer has the multiply-adds of the U-Net of
-configs/imagenette64.yaml, within 1 %, on 8x8 latents of 4 channels and ten classes. Stronger crops are not among them:
+configs/one_or_two.yaml, within 1 %, on 8x8 latents of 4 channels and ten classes. Stronger crops are not among them:
 they need another latent cache, and so another call with data.random_resized_crop, data.latent_cache and `--only`.
 
 `orders` are what is learned when: a form with a `before` goes on from the averaged weights of a run of that one, each
@@ -74,10 +74,11 @@ def embedded(units: float, noisy_classification: str, label_drop: float, clean_f
 # What the ablations' first form says whatever the configuration does, so that each other form is one change of it.
 UNCHANGED = ["model.head=map", "model.gaussian_part=true", "model.class_embedding=false", "data.mixup=0"]
 UNCHANGED += ["data.cutmix=0", "data.mixup_prob=1", "data.reprob=0", "objective.classification_weight=0.2"]
-UNCHANGED += ["objective.label_smoothing=0.1", "objective.timestep_log_normal=null", "objective.clean_fraction=1"]
+UNCHANGED += ["objective.label_smoothing=0.1", "objective.timestep_log_normal=[-0.5, 1.2]"]
+UNCHANGED += ["objective.clean_fraction=1"]
 TRANSFORMER = (
-    "model={backbone: transformer, sample_size: 8, in_channels: 4, num_classes: 10, width: 320, num_layers: 8, "
-    "num_attention_heads: 5, long_skips: true}"
+    "model={backbone: transformer, sample_size: 8, in_channels: 4, num_classes: 10, width: 248, num_layers: 6, "
+    "num_attention_heads: 4, long_skips: true}"
 )
 INNER = [*UNCHANGED, "model.head=inner"]
 FORMS = {
@@ -109,7 +110,7 @@ FORMS = {
             9, [*UNCHANGED, "data.mixup=0.2", "data.cutmix=1", "data.mixup_prob=0.5"]
         ),
         "transformer": Form(9, [*UNCHANGED, TRANSFORMER]),
-        "timesteps log-normal": Form(9, [*UNCHANGED, "objective.timestep_log_normal=[-0.5, 1.2]"]),
+        "timesteps uniform": Form(9, [*UNCHANGED, "objective.timestep_log_normal=null"]),
     },
     "orders": {
         "jointly": Form(9, INNER),

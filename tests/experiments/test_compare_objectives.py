@@ -86,7 +86,7 @@ def test_every_form_is_a_run_and_the_ablations_change_the_first(script):
 
 
 def test_the_transformer_costs_what_the_unet_does(script, experiment):
-    unet = load_config(ROOT / "configs" / "imagenette64.yaml", ["data.data_files=null", "autoencoder.path=null"])
+    unet = load_config(ROOT / "configs" / "one_or_two.yaml", ["data.data_files=null", "autoencoder.path=null"])
     transformer = load_config(CONFIG, script.FORMS["ablations"]["transformer"].overrides)
     costs = [experiment("one_or_two").multiply_adds(config.model) for config in (transformer, unet)]
     assert costs[0] == pytest.approx(costs[1], rel=0.01)
