@@ -1,6 +1,7 @@
 """One network or two: what is counted, every form in little, and the table."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from tiny import generator, tiny_kl, tiny_unet, write_images
+from tiny import ROOT, generator, tiny_kl, tiny_unet, write_images
 
 from latent_egc.objective import EGCObjective
 from latent_egc.training.build import resolve_model
@@ -150,3 +151,28 @@ def test_every_form_is_trained_measured_and_shown(script, config, tmp_path, monk
     loss = parts[0]["values"]["denoising loss"]
     assert shown()["joint"]["seeds"] == "0, 7"
     assert shown()["joint"]["denoising loss"] == f"{loss - 0.05:.4f} ({loss - 0.1:.4f} to {loss:.4f})"
+
+
+def test_the_documented_table_is_that_of_the_documented_measurements(script):
+    """Row by row and number by number; the page names the columns in words, and the parameters in millions."""
+    columns = {
+        "joint energy": "joint",
+        "two networks": "two networks",
+        "two small, equal images": "two small networks, equal images",
+        "two small, equal units": "two small networks, equal units",
+        "classifier with the joint one's noise": "noised_classifier",
+    }
+    lines = script.table(ROOT / "docs" / "reports" / "one_or_two").splitlines()
+    measured = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    page = (ROOT / "docs" / "results.md").read_text().partition("## One network or two?")[2]
+    rows = [line for line in page.partition("\n\nA unit is")[0].splitlines() if line.startswith("| ")]
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+    assert shown[0][1:] == [*columns]
+    measured_rows = [row for row in measured[2:] if row[0] != "seeds"]
+    assert len(shown[1:]) == len(measured_rows)
+    for row, own in zip(shown[1:], measured_rows, strict=True):
+        for title, cell in zip(shown[0][1:], row[1:], strict=True):
+            numbers = re.findall(r"[\d.,]+", own[measured[0].index(columns[title])])
+            if own[0] == "parameters":
+                numbers = [f"{float(number.replace(',', '')) / 1e6:.1f}" for number in numbers]
+            assert re.findall(r"[\d.,]+", cell) == numbers, (row[0], title)
