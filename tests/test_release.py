@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
-from tiny import ROOT, SHARED, needs_shared
+from tiny import ROOT, SHARED, WITHOUT_THE_PACKAGE, needs_shared
 
 from latent_egc import EGCPipeline
 from latent_egc.config import load_data_config
@@ -80,3 +82,34 @@ def test_it_samples_the_class_that_is_asked_for(folder):
     assert [image.size for image in images] == [(pipeline.image_size,) * 2] * 8
     found = [label for (label,) in pipeline.classify(images, top_k=1).labels]
     assert sum(label == names[i // 2] for i, label in enumerate(found)) >= 6
+
+
+# The folder's code is of the day on which it was exported; the package's has moved on since.
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
+import torch
+from diffusers import DiffusionPipeline
+folder, inputs, outputs = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, vae=None, autoencoder=None, trust_remote_code=True)
+assert type(pipeline.energy_model).__module__.startswith("diffusers_modules")
+latents = torch.load(inputs)
+with torch.no_grad():
+    torch.save(tuple(pipeline.energy_model(latents, torch.tensor([0, 500]))[:2]), outputs)
+"""
+)
+
+
+@released
+def test_its_own_code_says_what_the_package_says(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    network = EGCPipeline.from_pretrained(folder, vae=None, autoencoder=None).energy_model
+    config = network.config
+    latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+    torch.save(latents, tmp_path / "inputs.pt")
+    files = [str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
+    subprocess.run([sys.executable, "-c", STRANGER, *files], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        expected = network(latents, torch.tensor([0, 500]))[:2]
+    for own, value in zip(torch.load(tmp_path / "outputs.pt"), expected, strict=True):
+        torch.testing.assert_close(own, value)
