@@ -29,11 +29,20 @@ from latent_egc.measuring.image_archives import write_archive
 from latent_egc.pipelines import EGCPipeline
 
 RECORD, ARCHIVE = "samples.json", "samples.npz"
+NUM_STEPS_BEFORE = 50  # of every pipeline, before one had its own number
 
 
 def file_label(class_name: str) -> str:
     """A class's name as a part of a file's."""
     return re.sub(r"[^\w.-]+", "_", class_name)[:80]
+
+
+def sampler_of(pipeline: EGCPipeline) -> dict[str, Any]:
+    """What a call that does not say otherwise samples by, besides the networks; plain values."""
+    scheduler = json.loads(pipeline.scheduler.to_json_string())
+    scheduler.pop("_diffusers_version", None)
+    defaults = ("default_guidance_scale", "default_num_inference_steps")
+    return {"scheduler": scheduler} | {name: pipeline.config[name] for name in defaults}
 
 
 def draw_sample_set(
@@ -102,14 +111,13 @@ def _record(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the images depend on, and how they are kept; plain values."""
-    scheduler = json.loads(pipeline.scheduler.to_json_string())
-    scheduler.pop("_diffusers_version", None)
+    sampler = sampler_of(pipeline)
+    own_number_of_steps = sampler.pop("default_num_inference_steps")
     record = {
         "network": fingerprint(pipeline.energy_model),
         "dtype": str(pipeline.energy_model.dtype),
         "autoencoder": fingerprint(pipeline.vae),
-        "scheduler": scheduler,
-        "default_guidance_scale": pipeline.config.default_guidance_scale,
+        **sampler,
         "num_images": num_images,
         "classes": None if class_ids is None else [pipeline.id2label[int(i)] for i in class_ids],
         "seed": seed,
@@ -119,6 +127,8 @@ def _record(
     # What is given as it would be anyway changes nothing; and a set may be finished by a version with other arguments.
     idle = {name for name, value in options.items() if name in arguments and value == arguments[name].default}
     told = {name: value for name, value in options.items() if name not in idle}
+    if own_number_of_steps != NUM_STEPS_BEFORE:  # the records of before do not say that one
+        told = {"num_inference_steps": own_number_of_steps} | told
     return json.loads(json.dumps(record | told))
 
 

@@ -25,6 +25,7 @@ from latent_egc.measuring.meaning import digest_of_files, same_study
 from latent_egc.measuring.probe_context import ProbeContext
 from latent_egc.measuring.probe_export import check_can_save, save_probe
 from latent_egc.measuring.report import Report, draw_page, plain
+from latent_egc.measuring.sample_sets import sampler_of
 from latent_egc.measuring.settings import PlaceSettings, StudySettings, with_sections
 from latent_egc.pipelines import EGCPipeline
 
@@ -37,9 +38,12 @@ EVALUATION = _suites(
     "classification calibration generation guidance solvers robustness certification corruption ood likelihood "
     "composition counterfactual"
 )
+SAMPLING = {"generation", "guidance", "solvers", "composition", "counterfactual"}  # of them, by the pipeline's sampler
 PROBING = _suites("heatmap pooling heads cka fusion few_shot comparison")
 EvaluationSettings = with_sections("EvaluationSettings", StudySettings, EVALUATION)
 ProbeSettings = with_sections("ProbeSettings", PlaceSettings, PROBING)
+# What numbers depend on and the reports of earlier versions do not say.
+UNSAID = {"noise": "by what rule noise was drawn", "sampler": "by what sampler the images were drawn"}
 PACKAGES = "latent-egc torch diffusers transformers accelerate datasets numpy scipy scikit-learn torchmetrics"
 
 
@@ -143,8 +147,9 @@ def _study(
             shutil.rmtree(unfinished, ignore_errors=True)  # left where its page could not be drawn
             accelerator.print(f"{suite}: already in the report with these settings")
             continue
-        if held[suite] and "noise" in wanted[suite] and "noise" not in held[suite]:
-            accelerator.print(f"{suite}: begun under an earlier rule of noise, measured anew")
+        for key, what in UNSAID.items():
+            if held[suite] and key in wanted[suite] and key not in held[suite]:
+                accelerator.print(f"{suite}: its report does not say {what}, measured anew")
         # What a stopped suite left is used again by the same subject with settings of the same meaning alone.
         origin = json.dumps([report.content["subject"]["fingerprint"], wanted[suite]], sort_keys=True)
         context.parts = unfinished / hashlib.sha256(origin.encode()).hexdigest()[:16]
@@ -171,7 +176,8 @@ def _suite_settings(context: StudyContext, suite: str) -> dict[str, Any]:
     digests = {}  # of weights, data, a pipeline; a mistake in a name is left to the suite itself
     for value in named:
         digests |= digest_of_files(value) if isinstance(value, str) else {}
-    return plain(values | context.identity() | ({"files": digests} if digests else {}))
+    sampler = {"sampler": sampler_of(context.pipeline)} if suite in SAMPLING else {}
+    return plain(values | context.identity() | sampler | ({"files": digests} if digests else {}))
 
 
 def _defaults(context: StudyContext, suite: str) -> dict[str, Any]:

@@ -158,6 +158,12 @@ def test_a_set_drawn_otherwise_is_refused(tmp_path):
         arguments = {"pipeline": tiny_pipeline(), "num_images": 2, "class_ids": [0]} | DRAW | changes
         with pytest.raises(ConfigError, match=message):
             draw_sample_set(folder=tmp_path / "set", **arguments)
+    own = tiny_pipeline()
+    own.register_to_config(default_num_inference_steps=2)
+    draw_sample_set(own, tmp_path / "set", 2, [0], **{**DRAW, "num_inference_steps": None})  # the same number of steps
+    own.register_to_config(default_num_inference_steps=3)
+    with pytest.raises(ConfigError, match="num_inference_steps=2, asked for 3"):
+        draw_sample_set(own, tmp_path / "set", 2, [0], **{**DRAW, "num_inference_steps": None})
     assert_same(images(tmp_path / "set"), before)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")

@@ -19,6 +19,7 @@ from latent_egc.config import ConfigError
 from latent_egc.measuring.results import Metric, SuiteResult
 from latent_egc.measuring.study import EvaluationSettings, ProbeSettings, evaluate, probe
 from latent_egc.measuring.suites import calibration, generation, ood, pooling, robustness
+from latent_egc.pipelines.schedulers import solver
 
 
 def test_two_processes_report_the_numbers_of_one(tmp_path):
@@ -74,11 +75,39 @@ def test_what_was_begun_under_an_earlier_rule_of_noise_is_measured_anew(run, tmp
     path.write_text(json.dumps(content))
     capsys.readouterr()
     report = run(["classification"])
-    assert "classification: begun under an earlier rule of noise, measured anew" in capsys.readouterr().out
+    message = "classification: its report does not say by what rule noise was drawn, measured anew"
+    assert message in capsys.readouterr().out
     assert report.content["suites"]["calibration"] == content["suites"]["calibration"]
     assert report.content["suites"]["classification"]["settings"]["noise"] == "by seed and row"
     run(["classification"])
     assert "classification: already in the report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suite", ["generation", "composition"])
+def test_samples_are_drawn_anew_by_another_sampler(suite, evaluation_context, run, extractor, tmp_path, capsys):
+    """Solver, steps and scale that a setting leaves to the pipeline are part of what was measured."""
+    pipeline = evaluation_context().pipeline
+    settings = [f"{suite}.num_samples=5", f"{suite}.num_judge_images=14"]
+    own = f"generation.features=[{extractor}]" if suite == "generation" else "composition.num_corrector_steps=1"
+    pipeline.register_to_config(default_num_inference_steps=2)
+    run([suite], own, *settings, pipeline=pipeline)
+    run([suite], own, *settings, pipeline=pipeline)
+    assert capsys.readouterr().out.count("already in the report") == 1
+    pipeline.register_to_config(default_num_inference_steps=3)
+    report = run([suite], own, *settings, pipeline=pipeline)
+    assert any("with 3 steps" in note for note in report.content["suites"][suite]["notes"])
+    pipeline.scheduler = solver("Euler", pipeline.scheduler)
+    run([suite], own, *settings, pipeline=pipeline)
+    pipeline.register_to_config(default_guidance_scale=5.0)
+    run([suite], own, *settings, pipeline=pipeline)
+    assert "already in the report" not in capsys.readouterr().out
+    path = tmp_path / "report" / "report.json"
+    content = json.loads(path.read_text())
+    del content["suites"][suite]["settings"]["sampler"]
+    path.write_text(json.dumps(content))
+    run([suite], own, *settings, pipeline=pipeline)
+    message = f"{suite}: its report does not say by what sampler the images were drawn, measured anew"
+    assert message in capsys.readouterr().out
 
 
 def test_a_suite_is_measured_again_when_a_file_it_reads_has_changed(run, tmp_path, monkeypatch):

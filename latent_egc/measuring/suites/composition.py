@@ -59,7 +59,9 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         judge = load_judge(context, settings.judge, "composition.judge", settings.judge_size)
     steps = settings.num_inference_steps or context.pipeline.config.default_num_inference_steps
     corrector = Corrector(settings.corrector, num_steps=settings.num_corrector_steps)
-    scale = settings.guidance_scale or context.pipeline.config.default_guidance_scale
+    scale = settings.guidance_scale
+    if scale is None:
+        scale = context.pipeline.config.default_guidance_scale
     conjunction, negation = " AND ".join(both), "NOT " + ", ".join(excluded)
     pipeline = context.pipeline
     all_of, none_of = (
