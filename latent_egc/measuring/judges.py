@@ -51,7 +51,14 @@ def load_judge(context: EvaluationContext, path: str, key: str, size: int | None
         ConfigError: it cannot be loaded, cannot judge such images, or tells other classes apart.
     """
     device, size = context.accelerator.device, size or context.pipeline.image_size
-    judge = Extractor(Path(path).stem, feature_extractors.load_torchscript(path, key, device))
+    program = feature_extractors.load_torchscript(path, key, device)
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-1] != size:
+            images = to_uint8(F.interpolate(images, (size, size), mode="bilinear", antialias=True)) / 255
+        return program(images)
+
+    judge = Extractor(Path(path).stem, logits)
     try:
         num_logits = judge(torch.zeros(1, 3, size, size, device=device)).shape[1]
     except (torch.jit.Error, RuntimeError, IndexError) as error:
@@ -61,13 +68,7 @@ def load_judge(context: EvaluationContext, path: str, key: str, size: int | None
         ) from error
     if num_logits != context.num_classes:
         raise ConfigError(f"{key}: {path} tells {num_logits} classes apart, the pipeline has {context.num_classes}")
-
-    def scores(images: torch.Tensor) -> np.ndarray:
-        if images.shape[-1] != size:
-            images = to_uint8(F.interpolate(images / 255, (size, size), mode="bilinear", antialias=True))
-        return features_of(context, judge, images)
-
-    return Judge(judge.name, scores)
+    return Judge(judge.name, lambda images: features_of(context, judge, images))
 
 
 def linear_judge(context: EvaluationContext, extractor: Extractor, num_images: int) -> Judge:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tiny_studies import measure
 
@@ -47,7 +48,29 @@ def test_suites_take_its_size(suite, evaluation_context, judge, extractor):
     settings += [f"generation.features=[{extractor}]"] if suite is generation else ["composition.num_corrector_steps=1"]
     result = measure(suite, evaluation_context(*settings, f"{name}.judge_size=4"))
     assert "the judge's accuracy on decoded validation images" in result.metrics
-    assert any("with 50 steps" in note for note in result.notes)  # the pipeline's own number
     message = rf"{name}.judge: .* judges no images of 8 px \(.*4 x 4 wanted\); {name}.judge_size is the size"
     with pytest.raises(ConfigError, match=message):
         measure(suite, evaluation_context(*settings))
+
+
+@pytest.mark.parametrize("suite", [generation, composition])
+def test_suites_sample_in_the_pipelines_own_number_of_steps(suite, evaluation_context, extractor):
+    name = suite.__name__.rpartition(".")[2]
+    settings = [f"{name}.num_samples=5", f"{name}.num_judge_images=14"]
+    settings += [f"generation.features=[{extractor}]"] if suite is generation else ["composition.num_corrector_steps=1"]
+    found = []
+    for steps in ("null", "3", "4"):
+        context = evaluation_context(*settings, f"{name}.num_inference_steps={steps}")
+        context.pipeline.register_to_config(default_num_inference_steps=3)
+        found.append(measure(suite, context))
+    own, three, four = ({figure.name: figure.png for figure in result.figures}["samples"] for result in found)
+    assert own == three != four
+    assert any("with 3 steps" in note for note in found[0].notes)
+
+
+def test_images_are_resized_a_batch_at_a_time(evaluation_context, judge, monkeypatch):
+    """All samples of a study as floating-point numbers would not fit into memory."""
+    context, sizes, resize = evaluation_context("batch_size=2"), [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, *size, **how: sizes.append(len(x)) or resize(x, *size, **how))
+    load_judge(context, judge, "key", 4).scores(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+    assert sizes == [2, 2, 1]
