@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from latent_egc.config import ConfigError
 
@@ -90,3 +91,24 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
             unfinished.rename(folder)
     finally:
         finish_replacing(folder)
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """Locks a file, which is made where there is none.
+
+    Returns:
+        The lock, until it is closed or this process is no more; None: another process has it. Windows, and file systems
+        without locks, give one to everybody.
+    """
+    file = path.open("a")
+    try:
+        # A record lock is the process's own: loaders' workers, which may outlive it, do not keep it.
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except (ImportError, OSError):
+        pass
+    return file

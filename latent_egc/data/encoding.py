@@ -7,9 +7,10 @@ many there are. Loaders' workers decode, crop and resize; their process encodes 
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -26,8 +27,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
+from latent_egc.atomic import try_lock
 from latent_egc.config import AutoencoderConfig, ConfigError, DataConfig
-from latent_egc.data.autoencoders import encode_moments, latent_shape, load_autoencoder
+from latent_egc.data.autoencoders import encode_moments, latent_shape, load_autoencoder, store_channels_last
 from latent_egc.data.image_streams import ImageStream, first_rows_digest, load_streams
 from latent_egc.data.latent_cache import (
     STORED_DTYPE,
@@ -47,6 +49,8 @@ from latent_egc.data.stream import CACHED_VIEW, num_loader_workers, random_strea
 from latent_egc.data.views import central_view, clean_view
 
 IMAGES_PER_SHARD = 256
+LOCK = "encode.lock"
+LOOKS_EVERY = 1.0  # seconds, whether another call has ended
 # How long a process that has nothing left to encode waits for the others: longer than any encoding takes.
 PATIENCE = timedelta(days=30)
 
@@ -89,7 +93,8 @@ def encode(
     if autoencoder.path is None:
         raise ConfigError("autoencoder.path is null: pixel space has no latents to cache")
     folder = Path(data.latent_cache)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache.json").is_file():
+    others = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if others and not (folder / "cache.json").is_file():
         raise ConfigError(f"data.latent_cache={str(folder)!r} holds other files; name an empty or a new folder")
     processes = start_processes()
     vae = load_autoencoder(autoencoder, device)
@@ -97,6 +102,35 @@ def encode(
     tables, content = _tables(data, num_classes)
     record = identity(data, vae, num_classes is not None) | content
     record["images_per_shard"] = IMAGES_PER_SHARD
+    with _alone_in(folder, processes):
+        _write_cache(folder, record, tables, Encoder(vae, data, batch_size), processes)
+    return folder
+
+
+@contextmanager
+def _alone_in(folder: Path, processes: PartialState) -> Iterator[None]:
+    """Waits for what another call is writing there; for every process to call."""
+    lock = None
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (lock := try_lock(folder / LOCK)) is None:
+            print(f"another call is encoding into {folder}: this one goes on when it has ended", flush=True)
+        while lock is None:
+            time.sleep(LOOKS_EVERY)
+            lock = try_lock(folder / LOCK)
+    processes.wait_for_everyone()  # every process sees the folder as it is now
+    with lock or nullcontext():
+        yield
+
+
+def _write_cache(
+    folder: Path,
+    record: dict[str, Any],
+    tables: Sequence[ImageTable | ImageStream],
+    encoder: "Encoder",
+    processes: PartialState,
+) -> None:
+    """What `encode` does in a folder that no other call writes; the record says what is written."""
     checksums, is_new = True, not (folder / "cache.json").is_file()
     if not is_new:
         found = read_record(folder)
@@ -104,18 +138,16 @@ def encode(
         checksums = found.get("checksums", False)
     processes.wait_for_everyone()  # every process has seen the folder as it was
     if is_new and processes.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, record | {"checksums": True})
     processes.wait_for_everyone()
-    store_channels_last(vae)
-    encoder, num_skipped = Encoder(vae, data, batch_size), 0
+    num_skipped = 0
     for table in tables:
         num_skipped += _encode_split(encoder, table, folder / table.name, checksums, processes)
     num_skipped = sum(gather_object([num_skipped]))  # and every process has written its shards
     if processes.is_main_process:
         if num_skipped:
             warnings.warn(f"skipped {num_skipped} corrupt images", stacklevel=2)
-        if data.streaming:
+        if encoder.data.streaming:
             missing = [
                 f"{stream.name} {piece}"
                 for stream in tables
@@ -133,14 +165,6 @@ def encode(
             }
         write_record(folder, record | {"checksums": True, "complete": True})
     processes.wait_for_everyone()
-    return folder
-
-
-def store_channels_last(vae: ModelMixin) -> None:
-    """Stores an autoencoder's 2D convolutions channels last, which is faster; docs/decisions.md has the error."""
-    for parameter in vae.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _tables(data: DataConfig, num_classes: int | None) -> tuple[Sequence[ImageTable | ImageStream], dict[str, Any]]:
@@ -249,6 +273,7 @@ class Encoder:
     """
 
     def __init__(self, vae: ModelMixin, data: DataConfig, batch_size: int) -> None:
+        store_channels_last(vae)
         self.vae, self.data, self.batch_size = vae, data, batch_size
 
     def num_central(self, split: str) -> int:

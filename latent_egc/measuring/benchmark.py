@@ -32,8 +32,7 @@ import torch
 from diffusers import ModelMixin
 
 from latent_egc.config import Config
-from latent_egc.data.autoencoders import encode_moments, latent_shape, load_autoencoder
-from latent_egc.data.encoding import store_channels_last
+from latent_egc.data.autoencoders import encode_moments, latent_shape, load_autoencoder, store_channels_last
 from latent_egc.measuring import benchmark_steps as steps
 from latent_egc.measuring.benchmark_data import encoding_note, loading_note
 from latent_egc.measuring.benchmark_steps import Workload

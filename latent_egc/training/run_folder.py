@@ -14,7 +14,7 @@ from typing import IO, Any
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
-from latent_egc.atomic import finish_replacing, remove, replace_file
+from latent_egc.atomic import finish_replacing, remove, replace_file, try_lock
 from latent_egc.config import Config, ConfigError, expanded, parse_config, read_sections
 from latent_egc.data.autoencoders import fingerprint, load_autoencoder
 from latent_egc.renamed_keys import with_new_names
@@ -161,17 +161,10 @@ def _check_occupied(run: Path, resume: bool, overwrite: bool) -> None:
 
 def _lock(run: Path) -> IO[str]:
     """Locks a run's folder until the file is closed, or this process is no more. Raises ConfigError."""
-    file = (run / LOCK).open("a")
-    try:
-        # A record lock is the process's own: loaders' workers, which may outlive it, do not keep it.
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise ConfigError(f"output_dir: another process is training into {run}") from error
-    except (ImportError, OSError):
-        pass  # Windows, and file systems without locks
-    return file
+    lock = try_lock(run / LOCK)
+    if lock is None:
+        raise ConfigError(f"output_dir: another process is training into {run}")
+    return lock
 
 
 def _compare(run: Path, now: dict[str, Any]) -> None:

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from latent_egc.config import AutoencoderConfig, ConfigError, DataConfig
 from latent_egc.data import encoding
-from latent_egc.data.autoencoders import encode_moments, has_posterior, load_autoencoder
-from latent_egc.data.encoding import ShardViews, encode, store_channels_last
+from latent_egc.data.autoencoders import encode_moments, has_posterior, load_autoencoder, store_channels_last
+from latent_egc.data.encoding import ShardViews, encode
 from latent_egc.data.image_streams import first_rows_digest, load_streams
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.sources import CorruptImageError, load_splits
@@ -87,6 +87,21 @@ def test_two_processes_write_the_cache_of_one(tmp_path, autoencoder):
     expected = content(encode(caching(data, tmp_path / "one"), autoencoder, 2))
     assert len(expected) == 2 + 1 + 1
     assert content(tmp_path / "two") == expected
+
+
+def test_what_another_call_writes_is_waited_for(tmp_path, autoencoder, monkeypatch, capsys):
+    monkeypatch.setattr(encoding, "LOOKS_EVERY", 0.01)
+    data, folder = write_folder(tmp_path / "images", per_class=2), tmp_path / "cache"
+    folder.mkdir()
+    code = "import pathlib, sys; from latent_egc.atomic import try_lock; lock = try_lock(pathlib.Path(sys.argv[1])); "
+    code += "print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder / "encode.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        monkeypatch.setattr(encoding.time, "sleep", lambda seconds: other.kill())
+        encode(caching(data, folder), autoencoder, 2)
+    assert f"another call is encoding into {folder}: this one goes on when it has ended" in capsys.readouterr().out
+    assert content(folder) == content(encode(caching(data, tmp_path / "alone"), autoencoder, 2))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
