@@ -26,6 +26,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from finished_runs import is_trained
 from matplotlib.ticker import PercentFormatter
 from noise_prediction import FieldObjective, NoiseObjective
 
@@ -159,7 +160,7 @@ def trained(config: Path, folder: Path, overrides: Sequence[str], form: Form, un
     keys += [f"training.{key}={value}" for key, value in training.items()] + [f"output_dir={folder}"]
     grid = ["sampling.num_inference_steps=1", "sampling.num_images_per_label=1"]
     run = load_config(config, [*grid, *overrides, *form.overrides, *keys])
-    if not (folder / "pipeline").exists():
+    if not is_trained(run):
         train(run, form.objective)
     rows = read_metrics(folder / "metrics.jsonl")
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row]

@@ -3,7 +3,8 @@
     python experiments/few_labels.py digits          (about 35 minutes on one CPU core)
     python experiments/few_labels.py imagenette      (about 3 hours, an estimate)
 
-Where it was stopped it goes on; calls with other `--seeds` train side by side, and one without prints them all. The
+Where it was stopped it goes on; calls with other `--seeds` train side by side, once one of them has encoded the images,
+and one without prints them all. The
 classifiers see the same labels, drawn anew for each seed:
 
 - an energy network trained on all images, of which only some are labelled; these fill half of each batch on average,
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 from compare_objectives import markdown, mean_and_range
+from finished_runs import is_trained
 from matplotlib.ticker import PercentFormatter
 from sklearn.semi_supervised import LabelSpreading
 from sklearn.svm import SVC
@@ -99,7 +101,7 @@ def trained(config: Config, data: Data, images: np.ndarray, labels: np.ndarray, 
     views = CachedViews(data.train.rows.select(images), config.training.seed)
     views.labels = labels
     config = replace(config, objective=replace(config.objective, classification_weight=weight))
-    if not (Path(config.output_dir) / "pipeline").exists():
+    if not is_trained(config):
         train(config, data=replace(data, train=views))
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
     return [row["validation_accuracy"] for row in rows if "validation_accuracy" in row][-1]

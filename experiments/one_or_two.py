@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from compare_objectives import markdown, mean_and_range
+from finished_runs import is_trained
 from noise_prediction import NoiseObjective, guided_noise
 from torch.utils.flop_counter import FlopCounterMode
 from train_plain_classifier import PlainObjective
@@ -208,9 +209,10 @@ def train_form(name: str, path: Path, folder: Path, seed: int, overrides: Sequen
         "units an image": training_passes(objective, config) * cost,
         "units a sample": None if to_sample is None else to_sample * cost,
     }
+    trained = is_trained(config)
     run.mkdir(parents=True, exist_ok=True)
     replace_text(run / "form.json", json.dumps({"form": name, "seed": seed, "known": known}, indent=1))
-    if not (run / "pipeline").exists():
+    if not trained:
         train(config, objective)
     return run
 

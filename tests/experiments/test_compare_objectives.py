@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ROOT, generator, tiny_unet
 
-from latent_egc.config import load_config
+from latent_egc.config import ConfigError, load_config
 from latent_egc.objective import EGCObjective
 from latent_egc.training.build import build_network, resolve
 
@@ -43,9 +43,15 @@ def test_forms_are_trained_at_equal_units_once(script, table, monkeypatch, capsy
     assert [cells[:4] for cells in found] == [[names[0], "0", "12", "3"], [names[1], "0", "7.5", "5"]]
     monkeypatch.setattr(script, "train", None)
     assert table("embedding", "--only", *names, "--steps", "4") == found
+    with pytest.raises(ConfigError, match=r"training.max_steps=3, asked for is 6"):
+        table("embedding", "--only", *names, "--steps", "8")
+    with pytest.raises(ConfigError, match=r"training.learning_rate=0.002, asked for is 0.5"):
+        table("embedding", "--only", *names, "--steps", "4", "training.learning_rate=0.5")
 
     # Another seed, of which the accuracy is 20 points higher.
     shutil.copytree(tmp_path / "all_drop_0.1-0", tmp_path / "all_drop_0.1-1")
+    config = tmp_path / "all_drop_0.1-1" / "config.yaml"
+    config.write_text(config.read_text().replace("  seed: 0\n", "  seed: 1\n"))
     accuracy, loss = float(found[0][4].strip("%")) / 100, float(found[0][5])
     row = {"step": 3, "validation_accuracy": accuracy + 0.2, "validation_denoising_loss": loss}
     with (tmp_path / "all_drop_0.1-1" / "metrics.jsonl").open("a") as file:
@@ -80,9 +86,28 @@ def test_every_form_is_a_run_and_the_ablations_change_the_first(script):
         for form in forms.values():
             for part in (form, *filter(None, [form.before])):
                 build_network(resolve(load_config(CONFIG, [*TINY, *part.overrides])).model)
-    first, *others = script.FORMS["ablations"].values()
-    base = load_config(CONFIG, [*TINY, *first.overrides])
-    assert all(load_config(CONFIG, [*TINY, *form.overrides]) != base for form in others)
+    keys = {
+        "head inner": {"model.head"},
+        "no Gaussian part": {"model.gaussian_part"},
+        "class embedding": {"model.class_embedding", "objective.noisy_classification", "objective.label_drop"},
+        "no label smoothing": {"objective.label_smoothing"},
+        "classification weight 0.05": {"objective.classification_weight"},
+        "classification weight 0.5": {"objective.classification_weight"},
+        "Mixup 0.2 and CutMix 1 in half the pairs": {"data.mixup", "data.cutmix", "data.mixup_prob"},
+        "timesteps uniform": {"objective.timestep_log_normal"},
+    }
+
+    def flat(form):
+        sections = resolve(load_config(CONFIG, [*TINY, *form.overrides])).to_dict()
+        del sections["output_dir"]
+        return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+    first, *_ = forms = list(script.FORMS["ablations"])
+    assert {"transformer", *keys} == set(forms[1:])
+    base = flat(script.FORMS["ablations"][first])
+    for name, changed in keys.items():
+        found = flat(script.FORMS["ablations"][name])
+        assert {key for key in base if base[key] != found[key]} == changed
 
 
 def test_the_transformer_costs_what_the_unet_does(script, experiment):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from tiny import ROOT, generator, tiny_kl, tiny_unet, write_images
 
+from latent_egc.config import ConfigError
 from latent_egc.objective import EGCObjective
 from latent_egc.training.build import resolve_model
 from latent_egc.training.checkpoints import read_metrics
@@ -116,6 +117,10 @@ def test_every_form_is_trained_measured_and_shown(script, config, tmp_path, monk
     assert [row["step"] for row in read_metrics(folder / "noise_predictor" / "0" / "metrics.jsonl")] == [1, 1, 2, 2]
     monkeypatch.setattr(script, "train", None)
     call("train", config, folder, "noise_predictor")
+    cost = (folder / "joint" / "0" / "form.json").read_text()
+    with pytest.raises(ConfigError, match=r"holds a run of training.max_steps=2, asked for is 9"):
+        call("train", config, folder, "joint", "training.max_steps=9")
+    assert (folder / "joint" / "0" / "form.json").read_text() == cost
     for name in ("joint", "classifier", "noise_predictor"):
         call("measure", folder / name / "0", *suites)
     call("measure", folder / "noised_classifier" / "0", "--suites", "classification", "generation", *suites)
