@@ -30,22 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Writes the file, whole or not at all."""
     from latent_egc.config import ConfigError, load_config, load_data_config
-    from latent_egc.data.autoencoders import load_autoencoder
+    from latent_egc.data.autoencoders import latent_shape, load_autoencoder
     from latent_egc.data.sources import NoObviousColumnError, load_splits
 
     with extra_packages():
         from latent_egc.measuring.image_archives import write_split
 
-    data, vae = load_data_config(options.config), None
+    data, vae, through = load_data_config(options.config), None, ""
     if options.through_autoencoder:
         autoencoder = load_config(options.config).autoencoder
         if autoencoder.path is None:
             raise ConfigError(f"--through-autoencoder: {options.config} is in pixel space, autoencoder.path is null")
-        vae = load_autoencoder(autoencoder, device_name(options.device))
+        vae, through = load_autoencoder(autoencoder, device_name(options.device)), f", through {autoencoder.path}"
+        latent_shape(vae, data.image_size)  # raises where they do not fit each other
     try:
         splits = load_splits(data, "any")
     except NoObviousColumnError:
         splits = load_splits(data, None)  # images without labels are a reference too
     table = getattr(splits, options.split)
     count = write_split(table, data, options.output, options.num_images, options.seed, vae)
-    print(f"{count:,} images written: {options.output}")
+    print(f"{count:,} images written{through}: {options.output}")

@@ -248,6 +248,7 @@ def test_a_reference_can_be_of_images_as_samples_are_decoded(evaluation_context,
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = ["reference", str(tmp_path / "run.yaml"), str(tmp_path / "out.npz"), "--through-autoencoder"]
     assert main(command) == 0
+    assert f"images written, through {tmp_path / 'vae'}: " in capsys.readouterr().out
     archive, train = read_archive(str(tmp_path / "out.npz"), "key", 8), context.splits.train
     expected = reconstructed(context, train, np.arange(14))
     assert (archive.images.int() - expected.int()).abs().max() <= 1
@@ -256,3 +257,7 @@ def test_a_reference_can_be_of_images_as_samples_are_decoded(evaluation_context,
     capsys.readouterr()
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"autoencoder": {"path": None}}))
     fails(capsys, command, "--through-autoencoder", "pixel space")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config | {"data": data | {"image_size": 9}}))
+    (tmp_path / "out.npz").unlink()
+    fails(capsys, command, "data.image_size must be divisible by the autoencoder's factor 2, got 9")
+    assert not (tmp_path / "out.npz").exists()
