@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         return
 
     names = options.pipelines or names_at_hand() or [trained_quickstart(quickstart_config())]
+    if len(names) > 1 and options.data is not None:
+        raise ConfigError(f"--data is for one pipeline, at hand are {', '.join(names)}: name one of them")
     networks = {name: _load(name, options) for name in names}
 
     from latent_egc.demo.interface import launch  # imports gradio, for seconds: errors before it come at once

@@ -78,7 +78,8 @@ def export(
     def write(unfinished: Path) -> None:
         pipeline.save_pretrained(unfinished)
         add_transformers_files(unfinished, pipeline)
-        write_card(unfinished, pipeline, run, source, push_to_hub or folder.name, license, training_data)
+        name = push_to_hub or (folder.name if folder.is_absolute() else folder.as_posix())
+        write_card(unfinished, pipeline, run, source, name, license, training_data)
 
     replace_folder(folder, write)
     if push_to_hub is not None:

@@ -96,7 +96,9 @@ def write_card(
     report = read_report_of(source, run / "evaluation" / "report.json")
     picture = run / "evaluation" / "figures" / "generation_samples.png"
     if report is None or not picture.is_file():
-        picture = max((run / "samples").glob("step-*.png"), default=None)
+        last_step, pictures = _last_step(source), sorted((run / "samples").glob("step-*.png"))
+        pictures = [path for path in pictures if last_step is None or int(path.stem.partition("-")[2]) <= last_step]
+        picture = pictures[-1] if pictures else None
     if picture is not None:
         shutil.copy(picture, folder / "samples.png")
 
@@ -126,6 +128,11 @@ def write_card(
         tags=["latent-egc", "energy-based-model", "image-generation", "image-classification"],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}").save(folder / "README.md")
+
+
+def _last_step(source: Path) -> int | None:
+    """Of the checkpoint that a pipeline's folder is in; None for a finished run's."""
+    return read_record(source.parent).global_step if (source.parent / "checkpoint.json").is_file() else None
 
 
 def read_report_of(source: Path, report: Path) -> dict[str, Any] | None:
@@ -177,9 +184,8 @@ def _interval(metric: dict[str, Any]) -> str:
 def _said_by_run(run: Path, source: Path) -> str:
     """The last validation's numbers; of an unfinished run, the last before its checkpoint."""
     metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    if (source.parent / "checkpoint.json").is_file():
-        step = read_record(source.parent).global_step
-        metrics = [row for row in metrics if row["step"] <= step]
+    last_step = _last_step(source)
+    metrics = [row for row in metrics if last_step is None or row["step"] <= last_step]
     evaluations = [row for row in metrics if "validation_denoising_loss" in row]
     if not evaluations:
         return "No evaluation was recorded."

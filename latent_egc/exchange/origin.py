@@ -81,8 +81,8 @@ def _said_by(card: ModelCard) -> Iterator[str]:
     """The numbers of a card that `latent_egc.exchange.model_card` wrote: of a report, the first of each suite."""
     section = card.text.partition("\n## Measured\n")[2].partition("\n## ")[0]
     for suite, table in re.findall(r"^### (\w+),.*\n\n((?:\|.*\n?)+)", section, re.M):
-        name, value = table.splitlines()[2].strip("| ").split(" | ")[:2]
-        yield f"{name} {value} ({suite}, model card)"
+        if first := re.search(r"^\| *([^|]*[^| ]) *\| *([^|]*[^| ]) *\|", "\n".join(table.splitlines()[2:])):
+            yield f"{first[1]} {first[2]} ({suite}, model card)"
     numbers = {name: float(value) for name, value in re.findall(r"^\| (\w+) \| (-?\d[\d.e+-]*) \|$", section, re.M)}
     if numbers:
         yield f"{_listed(numbers)} (model card)"

@@ -383,6 +383,10 @@ def test_info_asks_the_hub_for_the_card(pipeline, tmp_path, monkeypatch, capsys)
     out = capsys.readouterr().out
     for line in ("from          Hub id someone/digits", "measured      validation_accuracy 0.875", "licence       mit"):
         assert line in out
+    others = "### a, b\n\n| x | y |\n|---|---|\n\n### c, d\n\n| z |\n|---|\n| 1 |\n"  # tables of someone else's
+    monkeypatch.setattr(ModelCard, "load", lambda name: ModelCard(f"---\nlicense: mit\n---\n\n## Measured\n\n{others}"))
+    assert main(["info", "someone/digits"]) == 0
+    assert "measured      nothing that is written down there" in capsys.readouterr().out
 
     def load(name):
         raise EntryNotFoundError("no README.md")

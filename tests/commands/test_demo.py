@@ -74,3 +74,4 @@ def test_without_a_name_it_opens_what_is_at_hand(tmp_path, capsys, monkeypatch):
     assert opened == [["trained"], ["one", "two"], ["one", "trained"], ["release/one", "other/one"]]
     capsys.readouterr()
     fails(capsys, ["demo", "release/one", tmp_path / "none"], "no such run or pipeline")
+    fails(capsys, ["demo", "--data=d.yaml"], "--data is for one pipeline, at hand are release/one, release/two")

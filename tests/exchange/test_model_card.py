@@ -49,6 +49,24 @@ def test_it_says_what_the_report_says(run, tmp_path, capsys):
     assert "FD-tiny 1124 (generation, model card)" in said
 
 
+def test_of_an_unfinished_run_the_picture_is_of_its_checkpoint_too(run, tmp_path):
+    checkpoint = run / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (run / "pipeline").rename(checkpoint / "pipeline")
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"global_step": 5, "score": 0.5}))
+    (run / "evaluation" / "report.json").unlink()
+    (run / "samples" / "step-00000009.png").write_bytes(b"a later one's")
+    folder = export(run, tmp_path / "exported")
+    assert (folder / "samples.png").read_bytes() == b"the run's"
+
+
+def test_it_loads_from_where_it_was_exported_to(run, tmp_path, monkeypatch):
+    """Where that is relative: an absolute folder would be this machine's."""
+    monkeypatch.chdir(tmp_path)
+    assert 'from_pretrained("release/digits"' in (export(run, "release/digits") / "README.md").read_text()
+    assert 'from_pretrained("other"' in (export(run, tmp_path / "other") / "README.md").read_text()
+
+
 @pytest.mark.parametrize("what", ["of other weights", "no report"])
 def test_a_report_that_is_not_of_these_weights_is_left_out(what, run, tmp_path):
     file = run / "evaluation" / "report.json"
