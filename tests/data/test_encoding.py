@@ -90,16 +90,16 @@ def test_two_processes_write_the_cache_of_one(tmp_path, autoencoder):
 
 
 def test_what_another_call_writes_is_waited_for(tmp_path, autoencoder, monkeypatch, capsys):
-    monkeypatch.setattr(encoding, "LOOKS_EVERY", 0.01)
-    data, folder = write_folder(tmp_path / "images", per_class=2), tmp_path / "cache"
+    data, folder, waited = write_folder(tmp_path / "images", per_class=2), tmp_path / "cache", []
     folder.mkdir()
     code = "import pathlib, sys; from latent_egc.atomic import try_lock; lock = try_lock(pathlib.Path(sys.argv[1])); "
     code += "print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(folder / "encode.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
-        monkeypatch.setattr(encoding.time, "sleep", lambda seconds: other.kill())
+        monkeypatch.setattr(encoding.time, "sleep", lambda seconds: waited.append(seconds) or other.kill())
         encode(caching(data, folder), autoencoder, 2)
+    assert waited
     assert f"another call is encoding into {folder}: this one goes on when it has ended" in capsys.readouterr().out
     assert content(folder) == content(encode(caching(data, tmp_path / "alone"), autoencoder, 2))
 
