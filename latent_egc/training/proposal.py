@@ -95,14 +95,19 @@ def propose(
     run = f"runs/{run}{image_size.value}"
     labelled = is_labelled(found)
     where = "in its latents" if vae is not None else "pixel space"
+    objective: dict[str, Choice] = {}
+    if labelled:
+        weight = Choice(0.2, "of the classification loss; the paper's 0.005 is for ImageNet")
+        smoothing = Choice(0.1, "keeps the classifier from being too sure")
+        objective |= {"classification_weight": weight, "label_smoothing": smoothing}
+    if vae is None:
+        reason = "mean and deviation of training's log noise levels: EDM's, for pixels"
+        objective["timestep_log_normal"] = Choice([-1.2, 1.2], reason)
     choices: dict[str, dict[str, Choice] | Choice] = {
         "model": {},
         "autoencoder": {"path": Choice(autoencoder, f"{shape[0]}x{shape[1]}x{shape[2]} numbers an image, {where}")},
         "data": _data(found, image_size, labelled, None if vae is None else f"{run}_latents"),
-        "objective": {
-            "classification_weight": Choice(0.2, "of the classification loss; the paper's 0.005 is for ImageNet"),
-            "label_smoothing": Choice(0.1, "keeps the classifier from being too sure"),
-        },
+        "objective": objective,
         "training": {},
         "sampling": {
             "guidance_scale": Choice(4.0, "strong: samples show their class; 1 is unguided and more varied"),
@@ -110,8 +115,10 @@ def propose(
         },
         "output_dir": Choice(run, "checkpoints, samples, curves and the pipeline"),
     }
+    if not objective:
+        del choices["objective"]
     if not labelled:
-        del choices["objective"], choices["sampling"]["guidance_scale"]
+        del choices["sampling"]["guidance_scale"]
 
     wanted = next((width for width, most in IMAGES_FOR_WIDTH.items() if found.num_images <= most), WIDTHS[-1])
     widths = [width for width in WIDTHS if width <= (min(wanted, 96) if on_cpu else wanted)]

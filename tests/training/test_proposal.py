@@ -59,6 +59,8 @@ def test_the_size_follows_the_images_and_the_machine():
     assert proposed(found(side=3000), GPU).config.data.image_size == 256
     pixels = propose(found(side=300), "a", CPU, None, None, None)
     assert (pixels.config.data.image_size, pixels.config.data.latent_cache) == (32, None)
+    assert pixels.config.objective.timestep_log_normal == (-1.2, 1.2)
+    assert proposed().config.objective.timestep_log_normal == (-0.5, 1.2)
 
 
 def test_width_and_steps_follow_the_number_of_images():
