@@ -3,8 +3,7 @@
     python experiments/few_labels.py digits          (about 35 minutes on one CPU core)
     python experiments/few_labels.py imagenette      (about 3 hours, an estimate)
 
-Where it was stopped it goes on; calls with other `--seeds` train side by side, once one of them has encoded the images,
-and one without prints them all. The
+Where it was stopped it goes on; calls with other `--seeds` train side by side, and one without prints them all. The
 classifiers see the same labels, drawn anew for each seed:
 
 - an energy network trained on all images, of which only some are labelled; these fill half of each batch on average,

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from latent_egc.config import Config, ConfigError, load_config
+from latent_egc.config import Config, ConfigError
 from latent_egc.training.build import resolve
-from latent_egc.training.run_folder import MAY_CHANGE
+from latent_egc.training.run_folder import MAY_CHANGE, differences
 
 # What a finished run's numbers do not depend on.
 WITHOUT_EFFECT = MAY_CHANGE - {"init_from", "max_steps", "num_validation_images"} | {"latent_cache"}
@@ -19,13 +19,10 @@ def is_trained(config: Config) -> bool:
     run = Path(config.output_dir)
     if not (run / "pipeline").exists():
         return False
-    before, now = (resolve(one).to_dict() for one in (load_config(run / "config.yaml"), config))
-    for section in ("model", "autoencoder", "data", "objective", "training"):
-        for key in now[section].keys() - WITHOUT_EFFECT:
-            was, asked = before[section].get(key), now[section][key]
-            if was != asked:
-                raise ConfigError(
-                    f"{run} holds a run of {section}.{key}={was!r}, asked for is {asked!r}; choose another folder, or "
-                    "delete that one"
-                )
+    for section, key, was, asked in differences(run, resolve(config)):
+        if key not in WITHOUT_EFFECT:
+            raise ConfigError(
+                f"{run} holds a run of {section}.{key}={was!r}, asked for is {asked!r}; choose another folder, or "
+                "delete that one"
+            )
     return True

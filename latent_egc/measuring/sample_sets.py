@@ -29,7 +29,6 @@ from latent_egc.measuring.image_archives import write_archive
 from latent_egc.pipelines import EGCPipeline
 
 RECORD, ARCHIVE = "samples.json", "samples.npz"
-NUM_STEPS_BEFORE = 50  # of every pipeline, before one had its own number
 
 
 def file_label(class_name: str) -> str:
@@ -112,7 +111,7 @@ def _record(
 ) -> dict[str, Any]:
     """What the images depend on, and how they are kept; plain values."""
     sampler = sampler_of(pipeline)
-    own_number_of_steps = sampler.pop("default_num_inference_steps")
+    steps = sampler.pop("default_num_inference_steps")
     record = {
         "network": fingerprint(pipeline.energy_model),
         "dtype": str(pipeline.energy_model.dtype),
@@ -127,9 +126,7 @@ def _record(
     # What is given as it would be anyway changes nothing; and a set may be finished by a version with other arguments.
     idle = {name for name, value in options.items() if name in arguments and value == arguments[name].default}
     told = {name: value for name, value in options.items() if name not in idle}
-    if own_number_of_steps != NUM_STEPS_BEFORE:  # the records of before do not say that one
-        told = {"num_inference_steps": own_number_of_steps} | told
-    return json.loads(json.dumps(record | told))
+    return json.loads(json.dumps(record | {"num_inference_steps": steps} | told))
 
 
 def _refuse_other(folder: Path, found: dict[str, Any] | None, record: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """One engine, two front doors: `evaluate` judges a pipeline, `probe` a denoiser's features, suite by suite.
 
 A suite is a module with `Settings`, a dataclass or None, and `run(context, settings)`; adding one is its file and its
-name below. Each is written into the report as soon as it is finished, and not run again with the same settings.
+name below, of one that samples in `SAMPLING` too. Each is written into the report as soon as it is finished, and not
+run again with the same settings.
 """
 
 import difflib

@@ -123,7 +123,7 @@ def prepare_run_folder(
             elif path.suffix in (".tmp", ".old"):
                 finish_replacing(path.with_suffix(""))
         if checkpoints := checkpoint_folders(run):
-            _compare(run, config.to_dict())
+            _compare(run, config)
             _compare_autoencoder(checkpoints[-1], config, vae)
         (run / "samples").mkdir(exist_ok=True)
         replace_file(run / "config.yaml", config.save)
@@ -167,30 +167,47 @@ def _lock(run: Path) -> IO[str]:
     return lock
 
 
-def _compare(run: Path, now: dict[str, Any]) -> None:
+def differences(run: Path, config: Config) -> list[tuple[str, str, Any, Any]]:
+    """(section, key, was, now) of each setting that a run's config.yaml says otherwise, but for those of sampling.
+
+    Args:
+        run: its folder.
+        config: a resolved one.
+
+    Raises:
+        ValueError, TypeError, KeyError: config.yaml is damaged.
+    """
+    sections, now = _stored_sections(run), config.to_dict()
+    del sections["sampling"]  # it decides nothing that is trained
+    model_defaults = resolve_model({key: now["model"][key] for key in ("backbone",) if key in now["model"]})
+    found = []
+    for section, values in sections.items():
+        for key, value in now[section].items():
+            # A key that was not there yet had the effect of its default.
+            default = model_defaults[key] if section == "model" else getattr(getattr(Config, section), key)
+            was = values.get(key, list(default) if isinstance(default, tuple) else default)
+            if was != value:
+                found.append((section, key, was, value))
+    return found
+
+
+def _compare(run: Path, config: Config) -> None:
     """Refuses another model or autoencoder than the run to resume has; warns of another kind of run."""
     try:
-        sections = _stored_sections(run)
+        found = differences(run, config)
     except (ValueError, TypeError, KeyError) as error:  # a ConfigError is a ValueError
         warnings.warn(f"{run / 'config.yaml'} is damaged, it is written anew and not compared: {error}", stacklevel=4)
         return
-    del sections["sampling"]  # it decides nothing that is trained
-    model_defaults = resolve_model({key: now["model"][key] for key in ("backbone",) if key in now["model"]})
-    for section, values in sections.items():
-        for key in [key for key in now[section] if key not in MAY_CHANGE]:
-            # A key that was not there yet had the effect of its default.
-            default = model_defaults[key] if section == "model" else getattr(getattr(Config, section), key)
-            default = list(default) if isinstance(default, tuple) else default
-            was, value = values.get(key, default), now[section][key]
-            if was == value:
-                continue
-            if section in ("model", "autoencoder"):
-                raise ConfigError(f"training.resume: {section}.{key} was {was!r} in {run}, now it is {value!r}")
-            warnings.warn(
-                f"resuming with {section}.{key}={value!r}, it was {was!r}: this will not be the run that was never "
-                "interrupted",
-                stacklevel=4,
-            )
+    for section, key, was, value in found:
+        if key in MAY_CHANGE:
+            continue
+        if section in ("model", "autoencoder"):
+            raise ConfigError(f"training.resume: {section}.{key} was {was!r} in {run}, now it is {value!r}")
+        warnings.warn(
+            f"resuming with {section}.{key}={value!r}, it was {was!r}: this will not be the run that was never "
+            "interrupted",
+            stacklevel=4,
+        )
 
 
 def _compare_autoencoder(checkpoint: Path, config: Config, vae: ModelMixin | None) -> None:

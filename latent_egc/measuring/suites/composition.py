@@ -45,6 +45,11 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         ConfigError: a pipeline without classes, unknown names, or a judge of other classes.
     """
     context.require_classes("composition")
+    scale = settings.guidance_scale
+    if scale is None:
+        scale = context.pipeline.config.default_guidance_scale
+    if scale == 0:
+        raise ConfigError("composition.guidance_scale must be positive, a density to the power 0 is none, got 0")
     names = context.class_names
     both, excluded = (
         names[:count] if asked is None else list(asked)
@@ -59,9 +64,6 @@ def run(context: EvaluationContext, settings: Settings) -> SuiteResult:
         judge = load_judge(context, settings.judge, "composition.judge", settings.judge_size)
     steps = settings.num_inference_steps or context.pipeline.config.default_num_inference_steps
     corrector = Corrector(settings.corrector, num_steps=settings.num_corrector_steps)
-    scale = settings.guidance_scale
-    if scale is None:
-        scale = context.pipeline.config.default_guidance_scale
     conjunction, negation = " AND ".join(both), "NOT " + ", ".join(excluded)
     pipeline = context.pipeline
     all_of, none_of = (

@@ -42,6 +42,11 @@ def test_a_judge_is_made_of_training_images(evaluation_context):
     assert "14 training images" in result.notes[1]
 
 
+def test_no_guidance_is_refused_and_not_the_pipelines_own(evaluation_context):
+    with pytest.raises(ConfigError, match=r"composition.guidance_scale must be positive, .* got 0"):
+        measure(composition, evaluation_context("composition.guidance_scale=0"))
+
+
 def test_the_pixel_judge_gives_no_score_to_a_class_that_it_never_saw(evaluation_context):
     context = evaluation_context(*FAST)
     train = context.splits.train
