@@ -86,11 +86,12 @@ def test_a_sharded_run_resumes_to_the_bit_and_in_one_process(tmp_path):
 
 
 def test_a_run_from_when_the_key_was_a_boolean_is_the_same_run(tmp_path, recwarn):
-    values = run_config(tmp_path, shard="optimizer").to_dict()
+    config = run_config(tmp_path, shard="optimizer")
+    values = config.to_dict()
     del values["training"]["shard"]
     values["training"]["shard_optimizer"] = True
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    _compare(tmp_path, run_config(tmp_path, shard="optimizer").to_dict())
+    _compare(tmp_path, config)
     assert not recwarn.list  # its user did not write that file
     with pytest.warns(UserWarning, match=r"training\.shard_optimizer is now training\.shard"):
         assert parse_config(values).training.shard == "optimizer"
