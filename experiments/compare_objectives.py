@@ -114,7 +114,7 @@ FORMS = {
         "timesteps uniform": Form(9, [*UNCHANGED, "objective.timestep_log_normal=null"]),
     },
     "orders": {
-        "jointly": Form(9, INNER),
+        "head inner": Form(9, INNER),
         "jointly, in two halves": Form(9, INNER, before=Form(9, INNER)),
         "a noise predictor first": Form(9, INNER, before=Form(3, INNER, NoiseObjective)),
         "a noise predictor with cross entropy first": Form(9, INNER, before=Form(6, INNER, FieldObjective)),
