@@ -112,12 +112,17 @@ class LatentCache:
 def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache:
     """Opens `data.latent_cache` for a run with this data section and autoencoder, and with classes or without.
 
+    A run without classes reads one that was written with them too, every row as unlabelled.
+
     Raises ConfigError: no cache there, an unfinished or damaged one, or one of other data, views or autoencoder: what
     differs.
     """
     folder = Path(data.latent_cache)
     record = read_record(folder)
-    refuse_other(folder, record, identity(data, vae, labelled))
+    expected = identity(data, vae, labelled)
+    if not labelled:
+        del expected["labelled"]
+    refuse_other(folder, record, expected)
     if not record.get("complete"):
         raise ConfigError(f"data.latent_cache={str(folder)!r} is unfinished; `latent-egc encode` goes on with it")
     splits = []
@@ -129,8 +134,10 @@ def open_cache(data: DataConfig, vae: ModelMixin, labelled: bool) -> LatentCache
         if not filled:
             raise ConfigError(f"data.latent_cache={str(folder)!r}: the {name} split holds no readable image")
         rows = datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in filled])
+        if not labelled:
+            rows = rows.remove_columns("label").add_column("label", np.full(len(rows), -1))
         splits.append(rows.with_format("numpy"))
-    return LatentCache(splits[0], splits[1], record["class_names"])
+    return LatentCache(splits[0], splits[1], record["class_names"] if labelled else [])
 
 
 def _shard_names(record: dict[str, Any], split: str) -> list[str]:

@@ -147,6 +147,16 @@ def test_unlabelled(config):
         opened(config)
 
 
+def test_an_unlabelled_model_reads_a_labelled_cache_without_its_labels(config):
+    encode(config)
+    labelled = opened(config)
+    cache = opened(dataclasses.replace(config, model={**config.model, "num_classes": None}))
+    assert cache.class_names == []
+    for rows, expected in ((cache.train, labelled.train), (cache.validation, labelled.validation)):
+        assert set(rows["label"][:].tolist()) == {-1} < set(expected["label"][:].tolist()) | {-1}
+        np.testing.assert_array_equal(rows["moments"][:], expected["moments"][:])
+
+
 def test_label_fraction_needs_no_other_cache(config):
     """The cache keeps every label; the views hide the same ones as views of pixels do."""
     encode(config)
