@@ -1,7 +1,7 @@
 """Do unlabelled images help to classify? Some training images keep their label, the rest is unlabelled.
 
     python experiments/few_labels.py digits          (about 35 minutes on one CPU core)
-    python experiments/few_labels.py imagenette      (about 3 hours, an estimate)
+    python experiments/few_labels.py imagenette      (about 3 hours on one CPU core; 5 minutes a run on an H200)
 
 Where it was stopped it goes on; calls with other `--seeds` train side by side, and one without prints them all. The
 classifiers see the same labels, drawn anew for each seed:
