@@ -6,12 +6,14 @@ that was never interrupted.
 
 import dataclasses
 import math
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -242,24 +244,33 @@ def micro_batches(
     )
     sizes = (training.max_steps, training.train_batch_size, training.gradient_accumulation_steps)
     schedule = BatchSchedule(first_step, *sizes, accelerator.process_index, accelerator.num_processes)
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": leave_signals_to_the_loop}
-    options |= {"collate_fn": collate, "pin_memory": accelerator.device.type == "cuda"}
-    for batch in DataLoader(samples, batch_sampler=schedule, **options):
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-        inputs = objective_inputs(batch, views, vae, num_classes is not None)
-        if num_classes is not None:
-            masks = batch.get("clean_erasing"), batch.get("clean_mixing")
-            inputs |= augmented(inputs["clean_latents"], inputs["clean_labels"], num_classes, *masks)
-        yield inputs, batch["num_skipped"].sum()
+    ended = multiprocessing.Event()
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate}
+    options |= {"worker_init_fn": partial(leave_signals_to_the_loop, ended)}
+    options |= {"pin_memory": accelerator.device.type == "cuda"}
+    loaded = iter(DataLoader(samples, batch_sampler=schedule, **options))
+    try:
+        for batch in loaded:
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+            inputs = objective_inputs(batch, views, vae, num_classes is not None)
+            if num_classes is not None:
+                masks = batch.get("clean_erasing"), batch.get("clean_mixing")
+                inputs |= augmented(inputs["clean_latents"], inputs["clean_labels"], num_classes, *masks)
+            yield inputs, batch["num_skipped"].sum()
+    finally:
+        ended.set()
 
 
-def leave_signals_to_the_loop(worker: int) -> None:
+def leave_signals_to_the_loop(ended: Event, worker: int) -> None:
     """Lets a loader's worker outlive a signal to all processes, as the batches of the last step come from it.
 
-    It then ends by its loader alone, which must be closed, or the process that started it waits for it for ever.
+    Args:
+        ended: set once no batch is needed any more. From then on SIGTERM is the loader's, for a worker that does not end
+            by itself; were it ignored, the process that started the worker would wait for it for ever.
+        worker: its number.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ended.is_set() else None)
 
 
 def objective_inputs(

@@ -513,20 +513,28 @@ def test_launches_that_the_loop_cannot_run_are_refused(tmp_path, kind, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_fails_does_not_wait_for_its_workers_for_ever(tmp_path):
-    """They ignore the signal by which a process that ends would stop them, also where it ends by an error."""
+@pytest.mark.parametrize("worker", ["idle", "hangs"])
+def test_a_run_that_fails_does_not_wait_for_its_workers_for_ever(tmp_path, worker):
+    """While it trains they ignore the signal by which a process that ends stops them; not afterwards."""
     script = """
-import sys
+import sys, time
 from latent_egc.training import loop
 from tiny_runs import run_config
-def fail(*arguments):
+def fail(objective, optimizer, average, batches, *others):
+    next(batches)
+    time.sleep(2)  # the worker is at its second batch
     raise RuntimeError("a peer is gone")
 loop.take_step = fail
+def first_batch_alone(self, samples):
+    if sys.argv[2] == "hangs" and samples[0] > 0:
+        time.sleep(600)
+    return getitems(self, samples)
+getitems, loop.TrainingSamples.__getitems__ = loop.TrainingSamples.__getitems__, first_batch_alone
 config = run_config(sys.argv[1], max_steps=100)
 loop.train(loop.dataclasses.replace(config, data=loop.dataclasses.replace(config.data, num_workers=1)))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), worker]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "a peer is gone" in ended.stderr
