@@ -265,8 +265,8 @@ def leave_signals_to_the_loop(ended: Event, worker: int) -> None:
     """Lets a loader's worker outlive a signal to all processes, as the batches of the last step come from it.
 
     Args:
-        ended: set once no batch is needed any more. From then on SIGTERM is the loader's, for a worker that does not end
-            by itself; were it ignored, the process that started the worker would wait for it for ever.
+        ended: set once no batch is needed any more. From then on SIGTERM is the loader's, for a worker that does not
+            end by itself; were it ignored, the process that started the worker would wait for it for ever.
         worker: its number.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
