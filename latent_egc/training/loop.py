@@ -248,6 +248,7 @@ def micro_batches(
     options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate}
     options |= {"worker_init_fn": partial(leave_signals_to_the_loop, ended)}
     options |= {"pin_memory": accelerator.device.type == "cuda"}
+    # Held by a name, so that it is shut down after `ended` is set, not before.
     loaded = iter(DataLoader(samples, batch_sampler=schedule, **options))
     try:
         for batch in loaded:
