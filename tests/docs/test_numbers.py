@@ -109,7 +109,7 @@ def test_the_table_of_attacks_says_what_the_report_says():
         attack = row.replace(",", "") or attack
         name = "no attack" if attack == "none" else f"{attack} {eps.removesuffix('.0')}"
         for column, cell in zip(columns, cells, strict=True):
-            report = "cifar10_64" if "latents" in column else "cifar10_small"
+            report = "cifar10_64" if "latents" in column else "cifar10_transformer"
             network = "plain" if "plain" in column else "EGC"
             assert_says(cell, [metric(report, "robustness", f"{network}, {name}")])
 

@@ -68,7 +68,7 @@ def test_another_pipelines_report_is_left_alone(run, tmp_path):
         run(["calibration"])
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10_small", "imagenette64"])
+@pytest.mark.parametrize("name", ["digits", "cifar10_transformer", "imagenette64"])
 def test_pages_of_published_reports(tmp_path, capsys, name):
     """Of a report whose pictures are elsewhere; every metric stands in it."""
     path = tmp_path / f"{name}.json"

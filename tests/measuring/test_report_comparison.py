@@ -144,7 +144,7 @@ def test_names_of_reports(tmp_path):
 @pytest.mark.parametrize("form", [markdown, latex])
 def test_published_reports_compare(form):
     """Every metric of each of them stands in the table; they are of other images, so that nothing is in bold."""
-    names = ("digits", "cifar10_small", "imagenette64")
+    names = ("digits", "cifar10_transformer", "imagenette64")
     reports = read_reports([f"{name}={ROOT / 'docs' / 'reports' / name}.json" for name in names])
     comparison = compare(reports)
     assert best_of(comparison) == {}
