@@ -134,8 +134,8 @@ class TrainingConfig:
 class SamplingConfig:
     """The sample grids, and what the saved pipeline does by default."""
 
-    num_inference_steps: int = within(15, 1)
-    guidance_scale: float = within(1.0, 1.0)  # stored with the pipeline
+    num_inference_steps: int = within(15, 1)  # stored with the pipeline, like the next
+    guidance_scale: float = within(1.0, 1.0)
     num_images_per_label: int = within(8, 1, 2**20)
     max_classes: int = within(10, 1, 2**20)  # rows of the grid
     batch_size: int = within(40, 1, 2**20)

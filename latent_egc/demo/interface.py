@@ -166,7 +166,7 @@ def _generate_tab(network: Network) -> None:
             with gr.Accordion("More", open=False):
                 low = gr.Slider(0, 1, value=0, step=0.05, label="Guidance from noise level")
                 high = gr.Slider(0, 1, value=1, step=0.05, label="... to noise level")
-                steps = _steps_slider()
+                steps = _steps_slider(network)
                 seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate-button")
@@ -216,7 +216,7 @@ def _edit_tab(network: Network) -> None:
                 )
                 strength = gr.Slider(0.1, 1, value=0.8, step=0.05, label="Strength")
             with gr.Accordion("More", open=False):
-                scale, steps = _scale_slider(network), _steps_slider()
+                scale, steps = _scale_slider(network), _steps_slider(network)
                 near = gr.Slider(0, 2, value=0.3, step=0.05, label="Counterfactual: how strongly it is held near")
                 seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Inpainting: seed")
             with gr.Row():
@@ -329,8 +329,9 @@ def _scale_slider(network: Network) -> gr.Slider:
     return gr.Slider(1, max(15, value), value=value, step=0.5, label="Guidance scale", visible=bool(names))
 
 
-def _steps_slider() -> gr.Slider:
-    return gr.Slider(2, MAX_STEPS, value=20, step=1, label="Steps")
+def _steps_slider(network: Network) -> gr.Slider:
+    value = min(network.pipeline.config.default_num_inference_steps, MAX_STEPS)
+    return gr.Slider(1, MAX_STEPS, value=value, step=1, label="Steps")
 
 
 def _choices(names: list[str]) -> list[tuple[str, int]]:

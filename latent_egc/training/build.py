@@ -15,7 +15,16 @@ import torch
 import yaml
 from diffusers import ModelMixin
 
-from latent_egc.config import Config, ConfigError, DataConfig, TrainingConfig, check_folder, expanded, parse_fields
+from latent_egc.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    SamplingConfig,
+    TrainingConfig,
+    check_folder,
+    expanded,
+    parse_fields,
+)
 from latent_egc.data.autoencoders import latent_shape, load_autoencoder
 from latent_egc.data.latent_cache import CachedViews, open_cache
 from latent_egc.data.mixing import mixes
@@ -24,7 +33,7 @@ from latent_egc.data.stream import clean_share
 from latent_egc.data.views import PixelViews, Views
 from latent_egc.models import EGCTransformer, EGCUNet, EnergyModel
 from latent_egc.pipelines import EGCPipeline
-from latent_egc.pipelines.schedulers import DEFAULT_SOLVER, DEFAULT_STEPS, default_scheduler, solver
+from latent_egc.pipelines.schedulers import DEFAULT_SOLVER, default_scheduler, solver
 
 # Keys of the section `training` that a launcher may set, through these variables of Accelerate's.
 LAUNCHER_VARIABLES = {
@@ -157,16 +166,16 @@ def build_data(data: DataConfig, vae: ModelMixin | None, num_classes: int | None
 
 
 def build_pipeline(
-    model: EnergyModel, vae: ModelMixin | None, class_names: list[str], guidance_scale: float
+    model: EnergyModel, vae: ModelMixin | None, class_names: list[str], sampling: SamplingConfig
 ) -> EGCPipeline:
-    """The pipeline that a run saves and draws its grids with."""
+    """The pipeline that a run saves and draws its grids with: by default it samples as they are drawn."""
     return EGCPipeline(
         energy_model=model,
         vae=vae,
         scheduler=solver(DEFAULT_SOLVER, default_scheduler(model)),
         id2label=dict(enumerate(class_names)),
-        default_guidance_scale=guidance_scale,
-        default_num_inference_steps=DEFAULT_STEPS,
+        default_guidance_scale=sampling.guidance_scale,
+        default_num_inference_steps=sampling.num_inference_steps,
     )
 
 

@@ -93,7 +93,7 @@ def train(config: Config, objective_class: type[EGCObjective] = EGCObjective, da
     if training.checks_gradients:
         inputs, _ = next(micro_batches(config, data.train, vae, 0, accelerator))
         gradient_error = check_gradients(objective, inputs, accelerator)
-    pipeline = build_pipeline(copy_without_weights(model), vae, data.class_names, config.sampling.guidance_scale)
+    pipeline = build_pipeline(copy_without_weights(model), vae, data.class_names, config.sampling)
     objective, optimizer, average = prepare(objective, training, accelerator)
 
     # Nothing is written, and no earlier run is touched, before everything above has been found usable.

@@ -111,7 +111,7 @@ def propose(
         "training": {},
         "sampling": {
             "guidance_scale": Choice(4.0, "strong: samples show their class; 1 is unguided and more varied"),
-            "num_inference_steps": Choice(15, "of the solver, for the grids while training"),
+            "num_inference_steps": Choice(15, "of the solver, for the grids and whoever samples"),
         },
         "output_dir": Choice(run, "checkpoints, samples, curves and the pipeline"),
     }

@@ -7,7 +7,7 @@ from tiny import TINY_BACKBONES
 from tiny_runs import run_values
 
 from latent_egc import EGCPipeline
-from latent_egc.config import ConfigError, parse_config
+from latent_egc.config import ConfigError, SamplingConfig, parse_config
 from latent_egc.training.build import build_pipeline, resolve
 from latent_egc.training.loop import train
 
@@ -36,12 +36,12 @@ def test_the_clean_branch_sees_whole_rows():
         resolve(parse_config(values | {"objective": {"clean_fraction": 0.25}}))
 
 
-def test_a_trained_pipeline_samples_in_few_steps_of_its_own_and_keeps_their_number(tmp_path):
-    pipeline = build_pipeline(TINY_BACKBONES["unet"](), None, ["a", "b", "c"], 2.0)
+def test_a_trained_pipeline_samples_in_as_many_steps_as_its_recipe_says_and_keeps_their_number(tmp_path):
+    pipeline = build_pipeline(TINY_BACKBONES["unet"](), None, ["a", "b", "c"], SamplingConfig(num_inference_steps=7))
     assert type(pipeline.scheduler) is DPMSolverMultistepScheduler
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
     for loaded in (pipeline, EGCPipeline.from_pretrained(tmp_path)):
         loaded.set_progress_bar_config(disable=True)
         loaded(1, output_type="latent", generator=torch.Generator().manual_seed(0))
-        assert loaded.num_timesteps == 15
+        assert loaded.num_timesteps == 7
