@@ -2,8 +2,10 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from latent_egc import EGCPipeline
 from latent_egc.config import load_data_config
 from latent_egc.data.sources import load_splits
 from latent_egc.data.views import central_view
+from latent_egc.demo.opening import RELEASED, names_at_hand
 
 FOLDERS = sorted(index.parent for index in (ROOT / "release").glob("*/model_index.json"))
 MAXIMAL_BYTES = 16 * 2**20  # of a file
@@ -82,6 +85,18 @@ def test_it_samples_the_class_that_is_asked_for(folder):
     assert [image.size for image in images] == [(pipeline.image_size,) * 2] * 8
     found = [label for (label,) in pipeline.classify(images, top_k=1).labels]
     assert sum(label == names[i // 2] for i, label in enumerate(found)) >= 6
+
+
+def test_right_after_a_clone_the_demo_has_photographs_without_a_download(monkeypatch):
+    def refuse(*_):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.chdir(ROOT)
+    (name,) = (name for name in names_at_hand() if RELEASED in Path(name).parents)
+    pipeline = EGCPipeline.from_pretrained(name)
+    assert pipeline.vae is None
+    assert "automobile" in pipeline.id2label.values()
 
 
 # The folder's code is of the day on which it was exported; the package's has moved on since.

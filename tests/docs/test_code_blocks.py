@@ -30,7 +30,8 @@ BLOCK = re.compile(r"^(<!-- not run: .+ -->\n+)?```(\w+)\n(.*?)^```$", re.MULTIL
 INDENTED = re.compile(r"(?<=\n\n)    (?:\w+=\S+ )*(?:latent-egc|accelerate launch|torchrun) .*\n(?:    .*\n)*")
 # What the pages call their runs, and how many classes their pipelines have; and what they call pipelines.
 RUNS = {"runs/my": 3, "runs/other": 3, "runs/quickstart": 10, "runs/earlier": 10}
-PIPELINES = {"imagenet256": 1000, "release/imagenette64": 10} | {f"{name}/pipeline": n for name, n in RUNS.items()}
+PIPELINES = {f"{name}/pipeline": n for name, n in RUNS.items()}
+PIPELINES |= {"imagenet256": 1000, "release/imagenette64": 10, "release/cifar10_small": 10}
 
 # No call takes more than so many of these, whatever the page says.
 MOST = {"num_inference_steps": 4, "num_steps": 4, "n": 20, "n0": 10}
