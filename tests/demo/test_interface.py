@@ -31,6 +31,14 @@ def test_the_page_has_what_the_network_can_do(tmp_path):
     assert not {"probabilities", "chances", "nearest", "classes", "edit-class-button", "edit-example"} & bare
 
 
+def test_the_sliders_begin_at_the_pipelines_own_settings(tmp_path):
+    network = tiny_network(tmp_path / "images")
+    network.pipeline.register_to_config(default_num_inference_steps=7, default_guidance_scale=2.5)
+    components = [component["props"] for component in build({"mine": network}).config["components"]]
+    for label, own in (("Steps", 7), ("Guidance scale", 2.5)):
+        assert {properties["value"] for properties in components if properties.get("label") == label} == {own}
+
+
 def test_several_networks_are_linked_and_compute_one_at_a_time(tmp_path):
     networks = {name: tiny_network(tmp_path, references=False) for name in ("first", "second")}
     pages = build(networks)
